@@ -18,8 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,32 +25,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
-import psutil
 from redis import Redis
-from redis.exceptions import RedisError
 
-from app.contracts.api_keys import NewKey, Scope
 from app.contracts.jobs import Attempt
-from app.embedded_redis import EmbeddedRedis
-from app.storage.api_keys import ApiKeys
 from app.storage.artifacts.folder import FolderStore
 from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
 from app.storage.records import NewJob
 from bench.loopback import Answer, Connection, Load, head_of, received, repeated, request, spread
+from bench.searched import searched
+from bench.servers import PREFIX, ROOT, Api, api, kept, redis_server, started
 from bench.table import shown
-from worker.engine.catalog.contracts.report import (
-    MANIFEST,
-    MergeResult,
-    MetricResult,
-    ModelResult,
-    Search,
-    Timings,
-    Trial,
-)
+from worker.engine.catalog.contracts.report import MANIFEST, MergeResult
 
-ROOT = Path(__file__).resolve().parent.parent
 LIST_MS = 20.0
 GET_P99_MS, POST_P99_MS = 10.0, 25.0
 CLIENTS, GETS_PER_S, POSTS_PER_S = 100, 200, 4
@@ -63,7 +49,7 @@ LISTENERS, LISTENERS_BYTES = 500, 100e6
 ROUNDS = 100
 REPEATS = 3
 MERGES = 10
-PREFIX = "bench"
+RECEIVED = 5
 TITLE = "the merge of a bench"
 
 Row = dict[str, Any]
@@ -72,126 +58,6 @@ Row = dict[str, Any]
 def row(what: str, ours: float, reference: float, target: str, *, is_met: bool) -> Row:
     ratio = ours / reference if reference else None
     return {"what": what, "ours": ours, "reference": reference, "ratio": ratio, "target": target, "met": is_met}
-
-
-@contextmanager
-def redis_server(folder: Path) -> Iterator[str]:
-    """The embedded Redis. Its append-only file is off until `kept` turns it on: it would make filling take minutes."""
-    server = EmbeddedRedis(folder)
-    process = subprocess.Popen([*server.command, "--appendonly", "no"], stdout=subprocess.DEVNULL)
-    try:
-        with Redis.from_url(server.url) as client:
-            while True:
-                try:
-                    client.ping()
-                    break
-                except RedisError:
-                    time.sleep(0.05)
-        yield server.url
-    finally:
-        process.terminate()
-        process.wait()
-        server.clean()
-
-
-def kept(redis: Redis) -> None:
-    """Have each write on disk before its answer, as the service has it."""
-    redis.config_set("appendonly", "yes")
-    while redis.info("persistence")["aof_rewrite_in_progress"]:
-        time.sleep(0.05)
-
-
-@dataclass
-class Api:
-    """A running API: its process, its port, and a key for it."""
-
-    process: psutil.Process
-    port: int
-    key: str
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(
-            base_url=f"http://127.0.0.1:{self.port}", timeout=60, headers={"Authorization": f"Bearer {self.key}"}
-        )
-
-    def cpu_s(self) -> float:
-        """Processor time that it has used, without that of the processes that inspect requests."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def started(command: str, key: str, ready: str, **settings: str) -> Iterator[Api]:
-    """Start `maskmerge COMMAND` with these settings, and wait until a path answers 200."""
-    port = free_port()
-    variables = {f"MASKMERGE_{name.upper()}": value for name, value in {**settings, "port": str(port)}.items()}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MASKMERGE_LOG_LEVEL": "WARNING", **variables}
-    process = subprocess.Popen([sys.executable, "-m", "app.cli", command], env=environment)
-    try:
-        while True:
-            with suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}{ready}").status_code == 200:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError(f"maskmerge {command} does not start; its messages are above")
-            time.sleep(0.05)
-        yield Api(psutil.Process(process.pid), port, key)
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
-def api(redis_url: str, folder: Path, **settings: str) -> Iterator[Api]:
-    """The API alone, as a process, with a key."""
-    with Redis.from_url(redis_url, decode_responses=True) as redis:
-        key = ApiKeys(redis, PREFIX).create(NewKey(scopes=[Scope.WRITE])).key
-    with started("api", key, "/healthz", redis_url=redis_url, data_dir=str(folder), queue=PREFIX, **settings) as found:
-        yield found
-
-
-def searched(trials: int) -> MergeResult:
-    """The result of a search over five experts."""
-    names = [f"expert-{number}" for number in range(5)]
-    kept = dict.fromkeys(names, 0.987654321)
-    return MergeResult(
-        models=[
-            ModelResult(
-                name=name, checkpoint=f"local:experts/{name}", digest="0" * 64, examples=2048, weight_share=0.2,
-                score_seconds=12.3, score_cached=False, batch_tokens=4096, aligned_examples=512,
-                parameters={},
-            )
-            for name in names
-        ],
-        metrics={
-            name: MetricResult(
-                metric="accuracy", expert=0.9, average=0.8, merged=0.88, merged_kept_head=0.87, retention=0.977,
-                interval=(0.86, 0.9),
-                examples=800, intervals={}, differences={},
-            )
-            for name in names
-        },
-        mean_retention=0.977,
-        min_retention=0.977,
-        search=Search(
-            objective="mean_retention", search_rows=dict.fromkeys(names, 400), held_out_rows=dict.fromkeys(names, 400),
-            min_retention={}, feasible=True, chosen=0, failed=[],
-            trials=[
-                Trial(
-                    number=number, candidate="mask_fisher", parameters={"scale": 1.234567}, seconds=1.25,
-                    rows=400, retentions=kept, smoothed=kept, objective=0.987654321, pruned=False,
-                )
-                for number in range(trials)
-            ],
-        ),
-        method={"name": "mask_fisher"}, timings=Timings(), peak_memory_bytes=1, device="cpu", notes=[],
-    )  # fmt: skip
 
 
 def fill(redis_url: str, jobs: int, result: MergeResult) -> int:
@@ -454,8 +320,53 @@ def listeners(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
               is_met=taken <= LISTENERS_BYTES)  # fmt: skip
 
 
+def webhooks(folder: Path, options: argparse.Namespace) -> Iterator[Row]:
+    """Deliveries to a receiver that fails, stalls, redirects and answers 410 in turn, each sent again by request."""
+    from tests.receivers import answering, receiving, stalling
+
+    merge = recipe(folder / "inputs")
+    settings = {"webhook_allow_private": "true", "webhook_seconds": "0.5", "local_roots": str(folder / "inputs")}
+    faults = [answering(500), stalling, answering(302, Location="/elsewhere"), answering(410)]
+    with (
+        redis_server(folder / "redis") as url,
+        api(url, folder / "data", **settings) as found,
+        found.client() as client,
+        receiving(*faults * RECEIVED, answering(204)) as receiver,
+    ):
+        client.post("/webhooks/secret", json={}).raise_for_status()
+        hook = {"url": receiver.url, "events": ["job.cancelled"]}
+        paths, lost = [], 0
+        for number in range(RECEIVED):
+            job = client.post("/merge", json={**merge, "name": f"{TITLE} {number}", "webhook": hook}).raise_for_status()
+            paths.append(f"/jobs/{job.json()['id']}")
+            client.post(f"{paths[-1]}/cancel").raise_for_status()
+        for path in paths:
+            lost += not is_delivered(client, path)
+        if len(receiver.received) < len(faults) * RECEIVED:
+            raise RuntimeError(
+                f"the receiver was asked {len(receiver.received)} times and has not shown all its faults"
+            )
+    what = f"of {RECEIVED} webhooks lost by a receiver that fails, stalls, redirects and answers 410"
+    yield row(what, lost, 0, "0", is_met=lost == 0)
+
+
+def is_delivered(client: httpx.Client, path: str) -> bool:
+    """Ask for a job's delivery again whenever an attempt has failed, and return whether it arrives in the end."""
+    attempts, deadline = 0, time.monotonic() + 60
+    while time.monotonic() < deadline:
+        (delivery,) = client.get(f"{path}/deliveries").raise_for_status().json()["data"]
+        if delivery["state"] == "delivered":
+            return True
+        if len(delivery["attempts"]) > attempts:
+            attempts = len(delivery["attempts"])
+            client.post(f"{path}/deliveries/{delivery['n']}/redeliver").raise_for_status()
+        time.sleep(0.05)
+    return False
+
+
 PARTS: dict[str, Callable[[Path, argparse.Namespace], Iterator[Row]]] = {
-    "latency": latency, "overhead": overhead, "download": download, "listeners": listeners, "lists": lists,
+    "latency": latency, "overhead": overhead, "download": download, "listeners": listeners, "webhooks": webhooks,
+    "lists": lists,
 }  # fmt: skip
 
 
