@@ -118,4 +118,12 @@ def test_what_is_refused_leaves_nothing_behind(place: Path) -> None:
     assert (process.returncode, printed) == (1, "")
     assert errors.startswith("maskmerge: method")
     assert "average" in errors
+    told = "webhook: {url: 'https://example.org/'}"
+    (place / "recipe.yaml").write_text(
+        f"method: {{name: average}}\nmodels: [{{name: a, checkpoint: linked/a}}]\n{told}\n"
+    )
+    with running(place, "recipe.yaml", "--output", "merged") as process:
+        printed, errors = process.communicate(timeout=HANGS_S)
+    assert (process.returncode, printed) == (1, "")
+    assert errors.startswith("maskmerge: webhook: nothing is left")
     assert names(place) == {"linked", "recipe.yaml", "taken"}
