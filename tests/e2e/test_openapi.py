@@ -16,6 +16,7 @@ import pytest
 
 from app.contracts.errors import Problem
 from tests.conftest import HANGS_S, REPOSITORY, Service, make_service, tiny_recipe
+from tests.receivers import receiving
 
 TAKE_RECIPES = "^/merge|^/scores$"
 SENDS = "^/webhooks/test"  # it would send to addresses that it makes up
@@ -25,7 +26,7 @@ REVOKE = "^/keys/"  # it would find the id of the key that it has
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     """A service with a key, which it makes itself: without any, callers of this machine need none."""
-    service = make_service(tmp_path_factory.mktemp("service"), tiny_inputs)
+    service = make_service(tmp_path_factory.mktemp("service"), tiny_inputs, MASKMERGE_WEBHOOK_ALLOW_PRIVATE="true")
     command = [sys.executable, "-m", "app.cli", "keys", "create", "--scope", "admin"]
     command += ["--data-dir", str(service.data_dir)]
     service.key = subprocess.run(command, cwd=REPOSITORY, text=True, capture_output=True, check=True).stdout.strip()
@@ -35,11 +36,13 @@ def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iter
 
 
 @pytest.fixture(scope="module")
-def job(service: Service) -> dict[str, Any]:
-    """A merge that succeeded."""
-    job = service.finished(service.submit(tiny_recipe("a", "b")))
-    assert job["status"] == "succeeded"
-    return job
+def job(service: Service) -> Iterator[dict[str, Any]]:
+    """A merge that succeeded, and told a receiver so."""
+    assert service.post("/webhooks/secret", json={}).status_code == 201
+    with receiving() as receiver:
+        job = service.finished(service.submit({**tiny_recipe("a", "b"), "webhook": {"url": receiver.url}}))
+        assert job["status"] == "succeeded"
+        yield job
 
 
 def find_faults(
@@ -80,7 +83,7 @@ def test_what_there_is_answers_as_the_document_says(service: Service, job: dict[
         service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}|/redeliver$", "--exclude-method", "DELETE",
         "--phases", "coverage,fuzzing", "-n", "10",
         job_id=job["id"], digest=digest, key_id=key, name="models/a/config.json",
-        sha256=sha256,
+        sha256=sha256, n="1",
     )  # fmt: skip
     assert "Missing test data" not in report, "what is there was not found"
     assert service.job(job["id"])["status"] == "succeeded"
