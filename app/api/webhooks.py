@@ -26,7 +26,7 @@ def list_deliveries(record: RecordOf, services: ServicesOf) -> DeliveryLog:
 @router.post("/jobs/{job_id}/deliveries/{n}/redeliver", status_code=202)
 def redeliver(
     job_id: JobId,
-    n: Annotated[int, Path(ge=1, le=10**9, description="A delivery's number")],
+    n: Annotated[str, Path(pattern=r"^[1-9][0-9]{0,8}$", description="A delivery's number")],
     record: RecordOf,
     services: ServicesOf,
 ) -> Delivery:
@@ -34,7 +34,7 @@ def redeliver(
 
     A webhook that was turned off by a 410 is on again.
     """
-    delivery = services.store.deliveries.redeliver(record.id, n)
+    delivery = services.store.deliveries.redeliver(record.id, int(n))
     if delivery is None:
         raise ProblemError(Problem.NOT_FOUND, f"job {job_id} has no delivery {n}")
     return delivery

@@ -96,7 +96,8 @@ def test_a_job_is_accepted_with_a_webhook_and_told_of(api: TestClient, redis: Re
         assert again.status_code == 202
         wait_until(lambda: len(receiver.received) == 2, "the redelivery")
         assert_problem(api.post(f"{path}/2/redeliver"), 404, "not_found")
-        assert_problem(api.post(f"{path}/0/redeliver"), 404, "not_found")
+        for n in ("0", "01", "-1", "1.0", "9999999999", "x"):
+            assert_problem(api.post(f"{path}/{n}/redeliver"), 404, "not_found")
         for received in receiver.received:
             message = Verifier(made.json()["secret"]).verify(received.body, received.headers)
             assert message["data"]["id"] == job_id
