@@ -86,7 +86,7 @@ def cancel_job(record: RecordOf, services: ServicesOf, preconditions: Preconditi
 def retry_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
     preconditions.check(_etag(record))
-    again = services.jobs.retry(record.id)
+    again = services.jobs.retry(record.id, record.tenant)
     if again is None:
         current = read_again(record, services)
         detail = f"job {record.id} is {current.status.value}; only a failed or cancelled job can be tried again"

@@ -22,7 +22,7 @@ class Problem(Enum):
     WRONG_OFFSET = ("wrong_offset", 409, "The bytes do not follow those that are there")
     PRECONDITION_FAILED = ("precondition_failed", 412, "The thing is not as the request supposes")
     TOO_LARGE = ("too_large", 413, "The body is too large")
-    STORAGE_FULL = ("storage_full", 413, "The tenant's artifacts would take more room than they may")
+    STORAGE_FULL = ("storage_full", 413, "The tenant's artifacts and uploads would take more room than they may")
     UNSUPPORTED_MEDIA_TYPE = ("unsupported_media_type", 415, "The body is of another media type")
     RANGE_NOT_SATISFIABLE = ("range_not_satisfiable", 416, "The range lies outside the file")
     UNKNOWN_HOST = ("unknown_host", 421, "The request names a host that the service is not")

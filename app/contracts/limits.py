@@ -23,7 +23,7 @@ class Limits(Strict):
     queued_jobs: Annotated[int, Field(ge=1)] | None = None
     """Number of jobs that wait."""
     stored_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes of artifacts, with those that waiting and running jobs are going to write."""
+    """Bytes of artifacts and uploads, with those that waiting and running jobs are going to write."""
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     """Number of requests in a minute."""
     body_bytes: Annotated[int, Field(ge=1024)] = MAX_BODY_BYTES
@@ -61,12 +61,12 @@ class QueueFull(OverLimit):
 
 
 class StorageFull(OverLimit):
-    """The tenant's artifacts would take more bytes than they may."""
+    """The tenant's artifacts and uploads would take more bytes than they may."""
 
     def __init__(self, limit: int, used: int, wanted: int) -> None:
         super().__init__(
-            f"the tenant's artifacts take {used} bytes, with those of its waiting and running jobs; this would add "
-            f"{wanted}, and {limit} are allowed",
+            f"the tenant's artifacts and uploads take {used} bytes, with what its waiting and running jobs will write; "
+            f"this would add {wanted}, and {limit} are allowed",
             limit,
             used,
         )

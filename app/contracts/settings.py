@@ -94,8 +94,8 @@ class Settings(BaseSettings):
     max_queued_jobs: Annotated[int, Field(ge=1)] | None = None
     """Number of jobs of a tenant that wait; further ones are refused. No limit when not set."""
     max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
-    """Bytes of a tenant's artifacts, with those that its waiting and running jobs are going to write. No limit when not
-    set."""
+    """Bytes of a tenant's artifacts and uploads, with those that its waiting and running jobs are going to write. No
+    limit when not set."""
     max_requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     """Number of a tenant's requests in a minute. No limit when not set."""
     max_priority: Annotated[int, Field(ge=LOWEST_PRIORITY, le=HIGHEST_PRIORITY)] = HIGHEST_PRIORITY

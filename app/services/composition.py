@@ -86,7 +86,8 @@ def compose(settings: Settings) -> Services:
         progress_seconds=settings.webhook_progress_seconds,
     )
     statistics = StatisticsFolders(settings.data_dir)
-    room = Room(store.usage, artifacts, statistics, settings.min_free_bytes)
+    uploads = UploadFolders(settings.data_dir)
+    room = Room(store.usage, artifacts, statistics, uploads, settings.limits, settings.min_free_bytes)
     jobs = Jobs(store, queue, inspectors, webhooks, room, settings.limits, settings.idempotency_seconds)
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
@@ -104,10 +105,10 @@ def compose(settings: Settings) -> Services:
         reaper=Reaper(store, queue),
         api_keys=ApiKeys(redis, settings.prefix),
         uploads=Uploads(
-            UploadFolders(settings.data_dir),
+            uploads,
             inspectors,
             store.records.uploads_in_use,
-            room.require,
+            room,
             settings.max_upload_bytes,
             settings.upload_retention,
         ),

@@ -132,7 +132,8 @@ class Jobs:
 
     def _create(self, job: NewJob, once: Idempotency | None) -> Created:
         with refusing():
-            return self._store.records.create(job, once, self._room.left(job.bytes_to_write))
+            room, uploaded = self._room.left(job.bytes_to_write), self._room.uploaded(job.tenant)
+            return self._store.records.create(job, once, room, uploaded)
 
     def _begin(self, created: Created) -> Record | None:
         """Wake a worker for a job if it is new, and return its record as it was before; None when the job was deleted.
@@ -144,14 +145,14 @@ class Jobs:
             self._wake()
         return record
 
-    def retry(self, job_id: str) -> Record | None:
-        """Queue a failed or cancelled job anew, and return it as queued; None when it is neither, or deleted.
+    def retry(self, job_id: str, tenant: str) -> Record | None:
+        """Queue a tenant's failed or cancelled job anew, and return it as queued; None when it is neither, or deleted.
 
         Raises ProblemError where the tenant has as much as it may have, or the disk has no room.
         """
         with refusing():
             room = self._room.left(self._store.records.bytes_to_write(job_id))
-            if not self._store.records.retry(job_id, room):
+            if not self._store.records.retry(job_id, room, self._room.uploaded(tenant)):
                 return None
         record = self._store.records.get(job_id)
         self._wake()

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from app.contracts.errors import FieldError, Problem, ProblemError
-from app.contracts.limits import Limits, NoRoom, QueueFull, StorageFull
+from app.contracts.limits import Limits, NoRoom, QueueFull, StorageFull, TenantLimits
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.statistics import StatisticsFolders
+from app.storage.uploads import UploadFolders
 from app.storage.usage import Usage
 
 RETRY_S = 10  # a job of the tenant may have started by then
@@ -20,9 +21,17 @@ class Room:
     """
 
     def __init__(
-        self, usage: Usage, artifacts: ArtifactStore, statistics: StatisticsFolders, min_free_bytes: int
+        self,
+        usage: Usage,
+        artifacts: ArtifactStore,
+        statistics: StatisticsFolders,
+        uploads: UploadFolders,
+        limits: TenantLimits,
+        min_free_bytes: int,
     ) -> None:
         self._usage = usage
+        self._uploads = uploads
+        self._limits = limits
         self._artifacts = artifacts
         self._statistics = statistics
         self._min_free = min_free_bytes
@@ -32,13 +41,16 @@ class Room:
 
         Where these are too many, the statistics that were used longest ago make room, if that is enough.
         """
-        needed = self._usage.reserved() + wanted
+        reserved = self._usage.reserved()
         left = self._artifacts.free_bytes() - self._min_free
-        if needed > left:
-            left += self._artifacts.assembled_bytes()  # running jobs have written a part of theirs already
-        if needed > left and self._statistics.make_room(needed - left):
-            left = self._artifacts.free_bytes() - self._min_free + self._artifacts.assembled_bytes()
-        return left
+        if reserved + wanted <= left:
+            return left
+        # Running jobs have written a part of theirs already. What a crash left is nobody's, and soon removed.
+        written = min(self._artifacts.assembled_bytes(), reserved)
+        missing = reserved + wanted - left - written
+        if missing > 0 and self._statistics.make_room(missing):
+            left = self._artifacts.free_bytes() - self._min_free
+        return left + written
 
     def require(self, wanted: int) -> None:
         """Raise ProblemError where there is no room for so many more bytes."""
@@ -46,13 +58,22 @@ class Room:
         if reserved + wanted > left:
             raise _problem(NoRoom(wanted, reserved, left))
 
-    def store(self, tenant: str, wanted: int) -> None:
-        """Count bytes that are going to be stored for a tenant. Give them back with `Usage.add` of less than 0.
+    def uploaded(self, tenant: str) -> int:
+        """Return the bytes of a tenant's uploads, which are measured only where there is a limit."""
+        most = self._limits.of(tenant).stored_bytes
+        return 0 if most is None else self._uploads.of(tenant).stored_bytes()
 
-        Raises ProblemError where the disk has no room for them, or the tenant may not have as many.
+    def require_for_upload(self, tenant: str, total: int, missing: int) -> None:
+        """Raise ProblemError where the tenant may not have an upload of so many bytes, or the disk has no room.
+
+        Args:
+            total: bytes of an upload of which nothing is there; 0 for one that goes on.
+            missing: bytes of it that are not there yet.
         """
-        with refusing():
-            self._usage.add(tenant, wanted, self.left(wanted))
+        most, used = self._limits.of(tenant).stored_bytes, self._usage.of(tenant) + self.uploaded(tenant)
+        if most is not None and total > 0 and used + total > most:
+            raise _problem(StorageFull(most, used, total))
+        self.require(missing)
 
 
 @contextmanager
@@ -83,7 +104,7 @@ def _problem(error: QueueFull | StorageFull | NoRoom) -> ProblemError:
             detail = f"{error}; wait until one of them has started, or cancel one"
             return ProblemError(Problem.QUEUE_FULL, detail, None, **fields)
         case StorageFull():
-            detail = f"{error}; delete jobs whose artifacts are not needed any more"
+            detail = f"{error}; delete jobs and uploads that are not needed any more"
             return ProblemError(Problem.STORAGE_FULL, detail)
         case NoRoom():
             detail = (

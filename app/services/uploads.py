@@ -18,6 +18,7 @@ from app.contracts.uploads import (
     read_manifest,
 )
 from app.services.inspection import Inspectors
+from app.services.limits import Room
 from app.storage.uploads import About, InUse, Upload, UploadBusy, UploadFolders, UploadRefused, Writer
 
 BLOCK_BYTES = 1 << 20  # held of each request, whatever it sends
@@ -41,7 +42,7 @@ class Uploads:
 
     Args:
         in_use: see `InUse`.
-        require_room: raises ProblemError where the disk has no room for so many more bytes.
+        room: decides whether there is room for further bytes.
         max_bytes: size of the largest upload.
         retention_s: seconds for which an upload is kept that nothing uses.
     """
@@ -49,7 +50,7 @@ class Uploads:
     folders: UploadFolders
     inspectors: Inspectors
     in_use: InUse
-    require_room: Callable[[int], None]
+    room: Room
     max_bytes: int
     retention_s: float
 
@@ -100,10 +101,10 @@ class Uploads:
         return found
 
     def _require_room(self, tenant: str, sha256: str, total: int) -> None:
-        """Raise ProblemError where the disk has no room for the rest of an upload."""
+        """Raise ProblemError where there is no room for an upload, or for the rest of it."""
         found = self.folders.of(tenant).find(sha256)
         missing = total if found is None else max(0, found.about.bytes - found.received)
-        self.require_room(missing)
+        self.room.require_for_upload(tenant, total if found is None else 0, missing)
 
     async def _finish(self, tenant: str, writer: Writer) -> Upload:
         """Check a whole upload, and let jobs read it; one that is refused is dropped."""

@@ -40,5 +40,5 @@ class JobStore:
         self.records = Records(redis, keys, scripts, retention_seconds, limits)
         self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)
         self.deliveries = Deliveries(redis, keys, scripts)
-        self.usage = Usage(redis, keys, scripts, limits)
+        self.usage = Usage(redis, keys)
         self.workers = Workers(redis, keys, scripts.clock)

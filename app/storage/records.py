@@ -114,11 +114,14 @@ class Records:
         self._limits = limits
         self._summaries = redis.register_script(source("summaries"))
 
-    def create(self, job: NewJob, idempotency: Idempotency | None = None, room: int | None = None) -> Created:
+    def create(
+        self, job: NewJob, idempotency: Idempotency | None = None, room: int | None = None, uploaded: int = 0
+    ) -> Created:
         """Create a queued job with its task, unless the idempotency key made one before.
 
         Args:
             room: bytes that the disk has left for this and all jobs that wait and run; None: enough.
+            uploaded: bytes of the tenant's uploads.
 
         Raises:
             QueueFull, StorageFull: the tenant has as much as it may have.
@@ -166,7 +169,7 @@ class Records:
                 once.seconds or 0,
                 job.tenant,
                 job.bytes_to_write,
-                *as_arguments(own.queued_jobs, own.stored_bytes, room),
+                *as_arguments(own.queued_jobs, own.stored_bytes, uploaded, room),
                 *flat(fields),
             ],
         )
@@ -263,12 +266,12 @@ class Records:
         status = self._scripts.run("cancel", job_id, [self._keys.task(task)], [str(task)])
         return Status(status) if status else None
 
-    def retry(self, job_id: str, room: int | None = None) -> bool:
+    def retry(self, job_id: str, room: int | None = None, uploaded: int = 0) -> bool:
         """Queue a failed or cancelled job anew. Returns False when it is neither. Raises as `create`."""
         task = _task(job_id)
         tenant, wanted = self._size(job_id)
         own, again = self._limits.of(tenant), listed(Status.QUEUED.predecessors - {Status.RUNNING})
-        limits = as_arguments(own.queued_jobs, own.stored_bytes, room)
+        limits = as_arguments(own.queued_jobs, own.stored_bytes, uploaded, room)
         arguments = [str(task), again, Progress().model_dump_json(), tenant, *limits]
         done = self._scripts.run("retry", job_id, [self._keys.task(task)], arguments)
         if isinstance(done, list):

@@ -126,6 +126,23 @@ def test_a_killed_worker_costs_an_attempt_and_no_job(service: Service) -> None:
     keeps_within(BACK_IN_QUEUE_S, queued_again)
 
 
+def test_a_killed_worker_loses_no_job_whatever_its_priority_and_the_highest_goes_first(service: Service) -> None:
+    low, engine = start_scoring(service)
+    later = {
+        priority: service.submit({**tiny_recipe("a", name="average"), "priority": priority})
+        for priority in (-10, 9, 10)
+    }
+    worker = service.processes()["worker"]
+    worker.kill()
+    wait_gone(engine, worker)
+    check_one_result(service, low)
+    assert {service.finished(job_id)["status"] for job_id in later.values()} == {"succeeded"}
+    in_order = [later[10], later[9], low, later[-10]]
+    started = [service.job(job_id)["started_at"] for job_id in in_order]
+    assert started[:2] == sorted(started)[:2], "the highest first, before the one that was lost"
+    assert [service.job(job_id)["attempt"] for job_id in in_order] == [1, 1, 2, 1]
+
+
 @pytest.mark.parametrize("role", ["redis", "api"])
 def test_a_killed_redis_or_api_costs_nothing(service: Service, role: str) -> None:
     job_id, engine = start_scoring(service)

@@ -1,5 +1,6 @@
 """What a tenant may take: each limit with its code and message, on a real Redis."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -156,19 +157,16 @@ def test_stored_bytes_count_artifacts_and_what_jobs_are_going_to_write(redis: Re
         store.records.create(NewJob({}, "name", bytes_to_write=201))
     store.records.create(NewJob({}, "name", tenant="another", bytes_to_write=1000))
     assert store.tasks.succeed(begun(store), RESULT, "folder", artifact_bytes=300)
-    assert (store.usage.stored("default"), store.usage.reserved()) == (300, 1400)
-    store.usage.add("default", 300)
-    with pytest.raises(StorageFull):
-        store.usage.add("default", 1)
-    store.usage.add("default", -300)
+    assert (store.usage.of("default"), store.usage.reserved()) == (700, 1400)
+    with pytest.raises(StorageFull, match="take 1000 bytes"):
+        store.records.create(NewJob({}, "name", bytes_to_write=1), uploaded=300)
     assert store.records.cancel(jobs[1])
-    assert (store.usage.stored("default"), store.usage.reserved()) == (300, 1000)
-    store.usage.add("default", 400)
+    assert (store.usage.of("default"), store.usage.reserved()) == (300, 1000)
     with pytest.raises(StorageFull):
-        store.records.retry(jobs[1])
+        store.records.retry(jobs[1], uploaded=400)
     assert store.records.delete(jobs[0]) is Deleted.DONE
-    assert store.usage.stored("default") == 400
-    assert store.records.retry(jobs[1])
+    assert store.usage.of("default") == 0
+    assert store.records.retry(jobs[1], uploaded=400)
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled", "lost", "timed out", "cancelled while it waits"])
@@ -206,6 +204,30 @@ def test_a_merge_that_the_tenant_has_no_room_for_is_refused(new_api: NewApi) -> 
     for words in ("take 0 bytes", "10000 are allowed", "delete jobs"):
         assert words in refused.json()["detail"]
     assert api.get("/jobs").json()["data"] == []
+
+
+def test_uploads_count_as_stored_too(new_api: NewApi, redis: Redis) -> None:
+    plan = new_api().post("/merge/validate", json=RECIPE).json()
+    api = new_api(max_stored_bytes=plan["bytes_to_write"] + 10_000)
+
+    def upload(number: int) -> Answer:
+        content = b'{"text": "a row", "label": %d}\n' % number * 250
+        return api.put(
+            f"/uploads/{hashlib.sha256(content).hexdigest()}",
+            params={"name": "rows.jsonl"},
+            content=content,
+            headers={"Content-Type": "application/octet-stream"},
+        )
+
+    assert upload(1).status_code == 201
+    job = api.post("/merge", json=RECIPE).json()["id"]
+    assert_problem(upload(2), 413, "storage_full")
+    assert upload(1).status_code == 200, "what is there already takes no more"
+    assert api.post(f"/jobs/{job}/cancel").status_code == 202
+    assert upload(2).status_code == 201
+    for refused in (api.post(f"/jobs/{job}/retry"), api.post("/merge", json=RECIPE)):
+        assert_problem(refused, 413, "storage_full")
+        assert "delete jobs and uploads" in refused.json()["detail"]
 
 
 def test_a_disk_that_would_fill_up_refuses_at_the_door_with_what_waiting_jobs_will_write(

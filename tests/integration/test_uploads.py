@@ -201,10 +201,11 @@ def test_an_upload_has_a_limit_of_its_own(api: TestClient) -> None:
 
 
 def test_an_upload_that_the_disk_has_no_room_for_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploads = api.app.state.services.uploads  # type: ignore[attr-defined]
-    monkeypatch.setitem(uploads.__dict__, "free_bytes", lambda: len(ROWS) - 1)
+    services = api.app.state.services  # type: ignore[attr-defined]
+    kept = services.settings.min_free_bytes
+    monkeypatch.setattr(services.artifacts, "free_bytes", lambda: kept + len(ROWS) - 1)
     assert_problem(put(api, ROWS), 507, "no_space")
-    monkeypatch.setitem(uploads.__dict__, "free_bytes", lambda: len(ROWS))
+    monkeypatch.setattr(services.artifacts, "free_bytes", lambda: kept + len(ROWS))
     assert put(api, ROWS).status_code == 201
 
 

@@ -64,11 +64,12 @@ local function reserved_in_all()
 end
 
 -- Says what stands against one more waiting task of a tenant, or against so many more bytes: 'queue', 'storage' or 'disk',
--- and how many there are already; nil if nothing does. A limit of '' is none.
-local function refusal(tenant, bytes, most_waiting, most_stored, room)
+-- and how many there are already; nil if nothing does. A limit of '' is none; `beside` are stored bytes that are counted
+-- elsewhere.
+local function refusal(tenant, bytes, most_waiting, most_stored, beside, room)
   local waiting = redis.call('ZCARD', WAITING .. tenant)
   if most_waiting ~= '' and waiting >= tonumber(most_waiting) then return {'queue', waiting} end
-  local used = (redis.call('HGET', RESERVED, tenant) or 0) + (redis.call('HGET', STORED, tenant) or 0)
+  local used = (redis.call('HGET', RESERVED, tenant) or 0) + (redis.call('HGET', STORED, tenant) or 0) + beside
   if most_stored ~= '' and bytes > 0 and used + bytes > tonumber(most_stored) then return {'storage', used} end
   local reserved = reserved_in_all()
   if room ~= '' and reserved + bytes > tonumber(room) then return {'disk', reserved} end
