@@ -7,14 +7,31 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from app.api import artifacts, docs, errors, events, health, jobs, keys, mcp, merges, methods, scores, uploads, webhooks
+from app.api import (
+    artifacts,
+    docs,
+    errors,
+    events,
+    health,
+    jobs,
+    keys,
+    mcp,
+    merges,
+    methods,
+    metrics,
+    scores,
+    uploads,
+    webhooks,
+)
 from app.api.body_limit import BodyLimit
 from app.api.cors import Cors
 from app.api.head import HeadAsGet
 from app.api.hosts import OwnHosts
+from app.api.metrics import ApiMetrics
 from app.api.openapi import Api
 from app.api.proxies import Proxies
 from app.contracts.settings import Settings
+from app.observability.traces import open_tracer
 from app.services.composition import compose
 from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
 from app.storage.uploads import remove_unused
@@ -45,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
         for repeater in repeaters:
             repeater.stop()
         await services.watcher.close()
+        app.state.tracer.close()
 
     app = Api(
         title="maskmerge",
@@ -56,8 +74,12 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,  # it would redirect to whatever host the caller names
         responses=errors.RESPONSES,
         generate_unique_id_function=lambda route: route.name,
+        # Its spans and messages quote query strings and exceptions; `Observed` tells less.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.services = services
+    app.state.metrics = ApiMetrics(services.store, settings.data_dir)
+    app.state.tracer = open_tracer("api")
     app.add_middleware(BodyLimit, limit_bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes)
     app.add_middleware(HeadAsGet)
     if settings.cors_origins:
@@ -66,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         OwnHosts, names=(settings.host, *settings.allowed_hosts), origins=frozenset(settings.cors_origins)
     )
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
-    for module in (merges, scores, jobs, events, webhooks, artifacts, uploads, methods, keys, health, docs):
+    for module in (merges, scores, jobs, events, webhooks, artifacts, uploads, methods, keys, health, metrics, docs):
         app.include_router(module.router)
     app.router.routes.append(mcp.route)
     errors.install(app)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import select
@@ -22,6 +23,7 @@ from app.api.body_limit import is_upload
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.observability.context import new_request_id
 from app.storage.versions import NewerData
 from app.tls import Certificate
 
@@ -34,6 +36,9 @@ SENDERS = 8  # threads that send files, so that others stay free to answer
 PATIENCE_MS = 20  # for which a thread waits for a reader
 RENEWAL_TICKS = 600  # a certificate is looked at once a minute; uvicorn ticks ten times a second
 FILES = 2 * MOST_CONNECTIONS + OTHER_FILES  # a connection is a file, and so is its download
+
+
+logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -71,6 +76,7 @@ class Server(uvicorn.Server):
                 ws="none",
                 ssl_context_factory=None if certificate is None else lambda *_: certificate.context,
                 proxy_headers=False,  # `app.api.proxies` reads them, and `Forwarded` too
+                log_config=None,  # its lines are written as all others are
                 log_level=settings.log_level.lower(),
                 access_log=False,
                 timeout_graceful_shutdown=5,  # a download in progress does not keep the service from stopping
@@ -258,11 +264,14 @@ class Connection(H11Protocol):
         if not is_asked:
             self.transport.close()
         elif self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(error.body("")).encode()
+            request_id = new_request_id()
+            logger.info("%s, request_id=%s", error.detail, request_id)
+            body = json.dumps(error.body("", request_id)).encode()
             headers = {
                 "Content-Type": MEDIA_TYPE,
                 "Content-Length": str(len(body)),
                 "Connection": "close",
+                "X-Request-ID": request_id,
                 **error.headers,
             }
             start = h11.Response(status_code=error.problem.status, headers=list(headers.items()), reason=b"")

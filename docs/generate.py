@@ -10,6 +10,7 @@ from app.contracts.events import KINDS, EventKind, LogCode
 from app.contracts.jobs import ErrorCode
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.observability.metrics import METRICS as SERVICE_METRICS
 from worker.engine.catalog.families import FAMILIES
 from worker.engine.catalog.methods import AUTO, METHODS, Range, SearchSpace
 from worker.engine.catalog.tasks import architectures_of
@@ -109,6 +110,19 @@ def _lines(data_dir: Path) -> Iterator[str]:
         for name, value, meaning in Settings.model_construct().describe()
     ]
     yield from _table(["variable", "default", "meaning"], settings)
+    yield ""
+    yield "## Metrics"
+    yield ""
+    yield (
+        "`GET /metrics` tells them, see [monitoring](monitoring.md#metrics), beside those about the API's process that "
+        "begin with `process_`."
+    )
+    yield ""
+    metrics = [
+        [f"`{metric.name}`", metric.kind, ", ".join(f"`{name}`" for name in metric.label_names), metric.meaning]
+        for metric in SERVICE_METRICS
+    ]
+    yield from _table(["metric", "type", "labels", "meaning"], metrics)
     yield ""
     yield "## Answers that are not a success"
     yield ""

@@ -192,7 +192,7 @@ class Service:
     def stand_still(self, job_id: str, phase: str) -> psutil.Process:
         """The engine of the only worker, suspended as soon as the job is seen in the phase, which has to last long
         enough for that. To be resumed or killed."""
-        with Client(self.url, timeout_s=HANGS_S) as client:
+        with Client(self.url, api_key=self.key or None, timeout_s=HANGS_S) as client:
             for event in client.events(job_id):
                 if isinstance(event.data, Progress) and event.data.phase == phase:
                     engine = self.processes()["engine"]
@@ -326,9 +326,10 @@ def assert_problem(response: Answer, status: int, code: str) -> None:
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/problem+json"
     body = response.json()
-    assert set(body) == {"type", "title", "status", "code", "detail", "instance", "errors"}
+    assert set(body) == {"type", "title", "status", "code", "detail", "instance", "errors", "request_id"}
     assert (body["status"], body["code"]) == (status, code)
     assert body["detail"]
+    assert body["request_id"] == response.headers["X-Request-ID"]
     assert_tells_no_paths(response.text)
 
 

@@ -21,6 +21,8 @@ from rq.serializers import JSONSerializer
 
 from app.contracts.jobs import Attempt, Outcome, Status, TaskId
 from app.contracts.settings import Settings
+from app.observability.logs import configure
+from app.observability.traces import open_tracer
 from app.storage.artifacts import open_artifacts
 from app.storage.artifacts.store import ArtifactStore, artifact_name
 from app.storage.connection import connect, connect_for_rq
@@ -165,7 +167,10 @@ def run(settings: Settings) -> int:
         worker_ttl=60,
     )
     storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches)
-    runner = TaskRunner(name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping, queue.wake)
+    tracer = open_tracer("worker")
+    runner = TaskRunner(
+        name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping, queue.wake, tracer
+    )
     functions.update(runner.functions)
     engine.start()
     worker.between_jobs = runner.look_after_engine
@@ -183,6 +188,7 @@ def run(settings: Settings) -> int:
         for repeater in repeaters:
             repeater.stop()
         engine.kill()
+        tracer.close()
         store.workers.sign_off(name)
     return 0 if worker.is_stopping else 1
 
@@ -222,5 +228,5 @@ def may_go_on(store: JobStore, job: str) -> bool:
 
 if __name__ == "__main__":
     configured = Settings()
-    logging.basicConfig(level=configured.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    configure(configured.log_level, configured.log_format, "worker")
     sys.exit(run(configured))

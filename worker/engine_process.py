@@ -30,6 +30,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from app.contracts.jobs import JobError, PhaseName
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
+from app.observability.context import facts, process_concerns
+from app.observability.logs import adopt, configure
 from app.storage.scratch import Scratch
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
@@ -80,7 +82,13 @@ class Failed(BaseModel):
     error: JobError
 
 
-SPEC: TypeAdapter[MergeSpec | ScoreSpec] = TypeAdapter(Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")])
+class Order(BaseModel):
+    """A job for the engine process, and the facts that the lines of its log have."""
+
+    spec: Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")]
+    facts: dict[str, str | int]
+
+
 EngineEvent = Annotated[Ready | Warm | Beat | Progressed | Finished | Failed, Field(discriminator="event")]
 EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeAdapter(EngineEvent)
 
@@ -91,6 +99,8 @@ class EngineDied(Exception):
     def __init__(self, returncode: int, out_of_memory: bool) -> None:
         super().__init__(f"the engine process ended with {returncode}")
         self.out_of_memory = out_of_memory
+        self.reason = "out_of_memory" if out_of_memory else "ended"
+        """What happened, as metrics name it."""
 
 
 class EngineHung(EngineDied):
@@ -99,6 +109,15 @@ class EngineHung(EngineDied):
     def __init__(self, why: str) -> None:
         super().__init__(-signal.SIGKILL, out_of_memory=False)
         self.args = (f"the engine process hung: {why}",)
+        self.reason = "hung"
+
+
+class EngineStopped(EngineDied):
+    """The worker has killed the process, and has not started another yet."""
+
+    def __init__(self) -> None:
+        super().__init__(-signal.SIGKILL, out_of_memory=False)
+        self.reason = "stopped"
 
 
 class EngineProcess:
@@ -163,7 +182,7 @@ class EngineProcess:
         process = self._running()
         try:
             assert process.stdin is not None  # noqa: S101 - it is a pipe, see start
-            process.stdin.write(spec.model_dump_json().encode() + b"\n")
+            process.stdin.write(Order(spec=spec, facts=dict(facts())).model_dump_json().encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             raise self._death() from None
@@ -233,12 +252,12 @@ class EngineProcess:
     @property
     def _signs(self) -> Vitals:
         if self._vitals is None:
-            raise EngineDied(-1, out_of_memory=False)
+            raise EngineStopped
         return self._vitals
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            raise EngineDied(-1, out_of_memory=False)
+            raise EngineStopped
         return self._process
 
     def _death(self) -> EngineDied:
@@ -293,6 +312,7 @@ def serve(requests: BinaryIO, events: int) -> None:
 
     def warm() -> None:
         preload()
+        adopt()
         gc.freeze()
         _send(events, Warm())
 
@@ -301,13 +321,15 @@ def serve(requests: BinaryIO, events: int) -> None:
         warming.start()
     for request in requests:
         try:
-            spec = SPEC.validate_json(request)
+            order = Order.model_validate_json(request)
+            process_concerns(order.facts)
             told = Throttled(events)
-            result = engine.run(spec, told)
+            result = engine.run(order.spec, told)
         except Exception as error:
             _send(events, Failed(error=_job_error(error)))
         else:
             _send(events, Finished(result=result))
+        process_concerns({})
         if are_late():  # it would take time from the next jobs; the worker starts another process
             logger.warning("a call that takes too long goes on, so the engine process ends")
             os._exit(1)
@@ -389,5 +411,5 @@ if __name__ == "__main__":
     _open_as_many_files_as_allowed()
     configured = Settings()
     hide(*configured.hidden_folders)
-    logging.basicConfig(level=configured.log_level, stream=sys.stderr)
+    configure(configured.log_level, configured.log_format, "engine")
     serve(sys.stdin.buffer, int(sys.argv[2]))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ from app.contracts.jobs import (
 from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
 from app.contracts.references import ReferenceError
 from app.contracts.requests import MergeRequest, ScoreRequest
+from app.observability.context import add_facts, concerning
+from app.observability.metrics import ENGINE_RESTARTS, counted
+from app.observability.traces import Tracer
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.files import stored_bytes
 from app.storage.jobs import JobStore
@@ -44,8 +48,9 @@ from worker.engine.catalog.primitives.errors import (
     InvalidStatistics,
     StorageError,
 )
-from worker.engine_process import EngineDied, EngineProcess, Failed, Finished, Progressed, as_job_error
+from worker.engine_process import EngineDied, EngineProcess, EngineStopped, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
+from worker.trace import AttemptTrace
 
 TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this time
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
@@ -101,6 +106,7 @@ class TaskRunner:
         max_engine_bytes: memory above which an engine process is replaced after a job.
         is_stopping: tells whether the worker was asked to end; the task is handed back then.
         wake: called after an attempt, since the next task may start then.
+        tracer: makes the spans of attempts; without one, nobody receives any.
     """
 
     def __init__(
@@ -111,6 +117,7 @@ class TaskRunner:
         max_engine_bytes: int,
         is_stopping: Callable[[], bool],
         wake: Callable[[], object],
+        tracer: Tracer | None = None,
     ) -> None:
         self._worker = worker
         self._store = storage.store
@@ -122,6 +129,9 @@ class TaskRunner:
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
         self._wake = wake
+        self._tracer = tracer or Tracer()
+        self._trace: AttemptTrace | None = None  # of the attempt in hand
+        self._why_ended = "stopped"  # reason why there is no engine process, as metrics name it
 
     @property
     def functions(self) -> dict[str, Callable[..., None]]:
@@ -138,13 +148,17 @@ class TaskRunner:
         if attempt is None:
             logger.info("no task waits any more that may start now")
             return
-        logger.info("job %s: attempt %d starts", attempt.task.job, attempt.number)
+        with concerning(job=attempt.task.job, attempt=attempt.number):
+            self._run(attempt)
+
+    def _run(self, attempt: Attempt) -> None:
+        logger.info("the attempt starts")
         try:
             self._attempt(attempt)
         except EngineDied as death:
             self._engine_died(attempt, death)
         except WorkerStopping:
-            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+            logger.info("stopping while Redis is away")
         except EngineError as error:
             self._fail(attempt, as_job_error(error))
         except OSError as error:
@@ -152,13 +166,16 @@ class TaskRunner:
             message = f"the data folder cannot be written: {error.strerror}"
             self._fail(attempt, JobError(code=code, message=message, retryable=True))
         except RedisError as error:
-            logger.warning("job %s: Redis is away, the lease runs out: %s", attempt.task.job, error)
+            logger.warning("Redis is away, the lease runs out: %s", error)
         except Exception:
-            logger.exception("job %s: attempt %d failed unexpectedly", attempt.task.job, attempt.number)
+            logger.exception("the attempt failed unexpectedly")
             self._engine.kill()  # it may still be at work, and the next task must not get its events
             message = "unexpected error in the worker; its log has the trace"
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:
+            if self._trace is not None:
+                self._trace.ends()
+                self._trace = None
             self.look_after_engine()
             with suppress(RedisError):  # a sweep does it too
                 self._wake()
@@ -167,6 +184,9 @@ class TaskRunner:
         record = self._store.records.get(attempt.task.job)
         if record is None:
             return
+        self._trace = AttemptTrace(self._tracer, record, attempt)
+        made_by = {"request_id": record.request_id} if record.request_id else {}
+        add_facts(tenant=record.tenant, **made_by, **self._trace.facts)
         folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
         try:
             spec = self._spec(record, folder, attempt)
@@ -183,6 +203,7 @@ class TaskRunner:
         while True:
             for event in self._engine.poll(TICK_S):
                 if isinstance(event, Progressed):
+                    self._trace.enters(event.phase)
                     meter.update(event.phase, event.done, event.total, event.unit)
                 elif isinstance(event, Failed):
                     if event.error.code is ErrorCode.OUT_OF_MEMORY:
@@ -190,6 +211,7 @@ class TaskRunner:
                     self._fail(attempt, event.error)
                     return
                 elif isinstance(event, Finished):
+                    self._trace.enters(PhaseName.PUBLISHING)
                     status = self._renew(attempt, meter.update(PhaseName.PUBLISHING, 0, 1, "artifacts"))
                     if status is Status.RUNNING:
                         self._publish(attempt, record, event.result)
@@ -218,13 +240,13 @@ class TaskRunner:
         try:
             return self._store.tasks.renew(attempt, progress)
         except RedisError as error:
-            logger.warning("job %s: Redis is away: %s", attempt.task.job, error)
+            logger.warning("Redis is away: %s", error)
             return Status.RUNNING
 
     def _keeping(self, attempt: Attempt, call: Callable[[], Answer]) -> Answer:
         """Return the outcome of a call that may take longer than the lease, as flushing or removing large files."""
         with ThreadPoolExecutor(1) as pool:
-            outcome = pool.submit(call)
+            outcome = pool.submit(copy_context().run, call)
             while outcome not in wait([outcome], timeout=self._renew_interval).done:
                 self._renew(attempt, None)
             return outcome.result()
@@ -234,9 +256,9 @@ class TaskRunner:
         self._artifacts.discard(attempt)
         if self._insist(lambda: self._store.tasks.acknowledge_cancel(attempt)):
             self._searches.remove(attempt.task.job)
-            logger.info("job %s: attempt %d cancelled", attempt.task.job, attempt.number)
+            self._ends("cancelled")
         else:
-            logger.warning("job %s: attempt %d came too late (%s)", attempt.task.job, attempt.number, status)
+            self._ends("too late", failed=True)
 
     def _publish(self, attempt: Attempt, record: Record, result: MergeResult | ScoreResult) -> None:
         start = time.monotonic()
@@ -250,28 +272,35 @@ class TaskRunner:
         size = stored_bytes(self._artifacts.open(artifact).files)
         if self._insist(lambda: self._store.tasks.succeed(attempt, final, artifact, size)):
             self._searches.remove(attempt.task.job)
-            logger.info("job %s: attempt %d succeeded", attempt.task.job, attempt.number)
+            self._ends("succeeded")
         else:
             self._withdraw(attempt, None)
 
     def _fail(self, attempt: Attempt, error: JobError) -> None:
         self._artifacts.discard(attempt)
-        logger.info("job %s: attempt %d failed: %s", attempt.task.job, attempt.number, error.code)
+        self._ends(error.code, failed=True)
         try:
             if not self._insist(lambda: self._store.tasks.fail(attempt, error)):
                 self._withdraw(attempt, None)
         except WorkerStopping:
-            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+            logger.info("stopping while Redis is away")
 
     def _hand_back(self, attempt: Attempt) -> None:
         """Put the task back so that another worker, or this one's successor, begins at once."""
         self._engine.kill()
         self._artifacts.discard(attempt)
         self._store.tasks.release(attempt, lost=False)
-        logger.info("job %s: attempt %d handed back", attempt.task.job, attempt.number)
+        self._ends("handed back")
+
+    def _ends(self, outcome: str, *, failed: bool = False) -> None:
+        """Say how the attempt ends, in the log and in its trace."""
+        logger.info("the attempt ends: %s", outcome)
+        if self._trace is not None:
+            self._trace.outcome, self._trace.failed = outcome, failed
 
     def _engine_died(self, attempt: Attempt, death: EngineDied) -> None:
-        logger.warning("job %s: %s in attempt %d", attempt.task.job, death, attempt.number)
+        logger.warning("%s", death)
+        self._why_ended = death.reason
         if death.out_of_memory:
             message = "the engine process was killed for want of memory; use a worker with more, or smaller models"
             self._fail(attempt, JobError(code=ErrorCode.OUT_OF_MEMORY, message=message))
@@ -280,21 +309,27 @@ class TaskRunner:
         try:
             self._insist(lambda: self._store.tasks.release(attempt, lost=True))
         except WorkerStopping:
-            logger.info("job %s: stopping while Redis is away", attempt.task.job)
+            logger.info("stopping while Redis is away")
 
     def look_after_engine(self) -> bool:
         """Replace an engine process that died, hangs or holds too much memory. Call it often between jobs.
 
         Returns whether there is an engine process that can take a job.
         """
+        reason = "ended"
         try:
             self._engine.poll(0)
             if self._engine.resident_bytes() <= self._max_engine_bytes:
                 return True
+            reason = "grew"
             logger.info("the engine process grew too large and is replaced")
         except OSError:
             pass
+        except EngineStopped:
+            reason = self._why_ended
+            logger.info("another engine process is started")
         except EngineDied as death:
+            reason = death.reason
             logger.warning("%s, and is replaced", death)
         if self._is_stopping():
             return False
@@ -303,6 +338,9 @@ class TaskRunner:
         except EngineDied as death:
             logger.error("%s while it started", death)
             return False
+        self._why_ended = "stopped"
+        with suppress(RedisError):  # the engine is there, whether it is counted or not
+            self._store.sums.add(counted(ENGINE_RESTARTS, reason))
         return True
 
     def _insist(self, call: Callable[[], Answer]) -> Answer:
@@ -360,6 +398,8 @@ class TaskRunner:
             nonlocal renewed
             if self._is_stopping():
                 raise Unwanted(Status.QUEUED)
+            if self._trace is not None:
+                self._trace.enters(PhaseName.DOWNLOADING)
             if time.monotonic() - renewed >= RECORD_INTERVAL_S:
                 renewed = time.monotonic()
                 progress = Progress(phase=PhaseName.DOWNLOADING, done=done, total=total, unit="bytes")

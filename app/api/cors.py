@@ -13,11 +13,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
+from app.observability.context import request_id
 
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 EXPOSED = (
     "Accept-Ranges", "Content-Disposition", "Content-Range", "ETag", "Location", "Preference-Applied", "RateLimit",
-    "RateLimit-Policy", "Repr-Digest", "Retry-After", "WWW-Authenticate",
+    "RateLimit-Policy", "Repr-Digest", "Retry-After", "WWW-Authenticate", "X-Request-ID",
 )  # fmt: skip
 """Headers of answers that a page may read beside those that it always may."""
 
@@ -50,4 +51,6 @@ class Cors(CORSMiddleware):
         else:
             detail = f"MASKMERGE_CORS_ORIGINS does not name the origin '{origin[:100]}'"
         error = ProblemError(Problem.FOREIGN_ORIGIN, detail)
-        return JSONResponse(error.body(""), error.problem.status, {"Vary": response.headers["vary"]}, MEDIA_TYPE)
+        return JSONResponse(
+            error.body("", request_id() or ""), error.problem.status, {"Vary": response.headers["vary"]}, MEDIA_TYPE
+        )

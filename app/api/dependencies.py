@@ -10,7 +10,7 @@ from fastapi import Depends, Path, Request
 
 from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Record, absence
+from app.contracts.jobs import JOB_ID, Record, absence
 from app.services.composition import Services
 
 
@@ -20,7 +20,7 @@ async def get_services(request: Request) -> Services:
 
 
 ServicesOf = Annotated[Services, Depends(get_services)]
-JobId = Annotated[str, Path(pattern=r"^[0-9a-f]{28}$", description="A job's id")]
+JobId = Annotated[str, Path(pattern=f"^{JOB_ID}$", description="A job's id")]
 
 
 async def get_caller(request: Request) -> Caller:

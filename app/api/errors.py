@@ -14,6 +14,7 @@ from starlette.routing import Match
 from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 from app.contracts.suitability import MOST_ERRORS
+from app.observability.context import request_id
 from app.services.bodies import field_of, message_of
 from worker.engine.catalog.primitives.paths import without_paths
 
@@ -36,7 +37,7 @@ def install(app: FastAPI) -> None:
 
 
 def answer(request: Request, error: ProblemError) -> Response:
-    body = error.body(request.scope["path"])
+    body = error.body(request.scope["path"], request_id() or "")
     # The body is ASCII, because it may quote half a surrogate pair from the request, which UTF-8 cannot encode.
     return Response(json.dumps(body), error.problem.status, headers=error.headers, media_type=MEDIA_TYPE)
 
@@ -96,5 +97,5 @@ def _redis(request: Request, error: Exception) -> Response:
 
 
 def _unexpected(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    logger.error("the request failed", exc_info=error)
     return answer(request, ProblemError(Problem.INTERNAL, "the service failed on this request; its log says why"))

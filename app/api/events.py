@@ -6,15 +6,19 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import PlainTextResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import AfterValidator, Field
 from redis.exceptions import RedisError
 
 from app.api.authentication import authenticate
 from app.api.dependencies import JobId, RecordOf, ServicesOf
+from app.api.openapi import Responses
 from app.api.strict_route import StrictRoute
 from app.contracts.api_keys import Scope
 from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.events import Event, LogEntry
+from app.contracts.jobs import Progress
 
 KEY_HOLDS_S = 10.0  # an event later than this is sent only if the reader's key is still valid
 
@@ -71,3 +75,32 @@ async def events(
         return
     except RedisError as error:  # the answer has begun; the reader comes back and hears of it then
         logger.warning("the events of job %s are cut short, Redis is away: %s", job_id, error)
+
+
+TEXT: Responses = {
+    200: {"description": "A line for each event", "content": {"text/plain": {"schema": {"type": "string"}}}}
+}
+
+
+@router.get("/jobs/{job_id}/log", response_class=PlainTextResponse, responses=TEXT)
+def log(record: RecordOf, services: ServicesOf) -> PlainTextResponse:
+    """Return a job's log up to now as text: its changes of status and its messages, a line each.
+
+    `GET /jobs/{job_id}/events` sends the same as they come, and progress too.
+    """
+    lines = [f"{_line(event)}\n" for event in services.store.log.read(record.id)]
+    headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+    return PlainTextResponse("".join(lines), headers=headers)
+
+
+def _line(event: Event) -> str:
+    """Return an event as a line. Characters that would end the line, or steer a terminal, are escaped."""
+    data = event.data
+    assert not isinstance(data, Progress)  # noqa: S101 - for the type checker: it is in another stream
+    if isinstance(data, LogEntry):
+        text = f"{data.code}: {data.message}"
+    else:
+        text = data.status if data.error is None else f"{data.status}: {data.error.code}: {data.error.message}"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    time = data.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return f"{time} attempt {data.attempt} {shown}"

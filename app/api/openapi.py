@@ -5,8 +5,10 @@ from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from app.api.links import add_links
+from app.api.observed import Observed
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
 
 SCHEME = {
@@ -84,7 +86,14 @@ def file_responses(media_type: str) -> Responses:
 
 
 class Api(FastAPI):
-    """FastAPI with other descriptions of refusals and of optional parameters, and with links between operations."""
+    """FastAPI with other descriptions of refusals and of optional parameters, with links between operations.
+
+    Its every answer is observed.
+    """
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Put `Observed` around the middleware that answers unexpected errors, which no other is around."""
+        return Observed(super().build_middleware_stack(), self.state.metrics, self.state.tracer)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -151,7 +160,9 @@ def _name(status: int) -> str:
 def _refusal(status: int) -> dict[str, Any]:
     """Describe the refusals of one status: their codes, and one of them in full."""
     found = _codes()[status]
-    example = ProblemError(found[0], "models.0.checkpoint: there is no local:experts/topics").body("/merge")
+    example = ProblemError(found[0], "models.0.checkpoint: there is no local:experts/topics").body(
+        "/merge", "0123456789abcdef0123456789abcdef"
+    )
     described: dict[str, Any] = {
         "description": "; ".join(f"`{problem.code}`: {problem.title}" for problem in found),
         "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}, "example": example}},

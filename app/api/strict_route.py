@@ -16,6 +16,8 @@ from starlette.types import Scope as AsgiScope
 from app.api.authentication import authenticate
 from app.contracts.api_keys import Scope
 from app.contracts.errors import FieldError, Problem, ProblemError
+from app.contracts.jobs import JOB_ID
+from app.observability.context import add_facts
 from app.services.bodies import read_body
 from worker.engine.catalog.primitives.strict import did_you_mean, limit_hints
 
@@ -49,9 +51,13 @@ class StrictRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             limit_hints()
+            request.state.route = self.path_format
+            if re.fullmatch(JOB_ID, job_id := request.path_params.get("job_id", "")):
+                add_facts(job=job_id)
             if not self.is_public:
                 await run_in_threadpool(authenticate, request, needed)
                 request.state.body_bytes = request.app.state.services.limits.of(request.state.caller.tenant).body_bytes
+                add_facts(tenant=request.state.caller.tenant)
             _check_query(request, query)
             for name in once:
                 if len(request.headers.getlist(name)) > 1:

@@ -11,6 +11,7 @@ from app.api.prefer import applied
 from app.contracts.api_keys import Caller
 from app.contracts.jobs import Job, Record
 from app.contracts.requests import MergeRequest, ScoreRequest
+from app.observability.context import add_facts
 from app.services.composition import Services
 
 IdempotencyKey = Annotated[
@@ -36,6 +37,7 @@ async def submitted(
 
 async def answered(services: Services, record: Record, wait: int | None, response: Response) -> Job:
     """Return an accepted job, after waiting for its end for at most `wait` seconds. Headers say where it is."""
+    add_facts(job=record.id)
     if wait is not None:
         with suppress(RedisError):  # the job is accepted, so no failure to watch it may say otherwise
             await services.watcher.end(record.id, record.revision, wait)

@@ -1,6 +1,5 @@
 """Commands that run the service, or parts of it: `serve`, `api`, `worker`, `settings`."""
 
-import logging
 import os
 import sys
 from contextlib import suppress
@@ -32,7 +31,9 @@ def serve(
     port: Port = None,
 ) -> None:
     """Run everything on one machine: Redis, API and workers."""
-    settings = configured(data_dir=data_dir, local_roots=local_root or None, workers=workers, host=host, port=port)
+    settings = configured(
+        "supervisor", data_dir=data_dir, local_roots=local_root or None, workers=workers, host=host, port=port
+    )
     from app.embedded_redis import NoRedisServer
     from app.storage.data_folder import DataDirInUse
     from app.storage.versions import NewerData
@@ -48,7 +49,7 @@ def serve(
 
 def api(host: Host = None, port: Port = None) -> None:
     """Run the API alone, against MASKMERGE_REDIS_URL."""
-    settings = configured(host=host, port=port)
+    settings = configured("api", host=host, port=port)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the library is imported
 
     from app.server import Server
@@ -88,14 +89,19 @@ def settings(as_json: Json = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def configured(**given: Any) -> "Settings":
+def configured(process: str = "command", **given: Any) -> "Settings":
     """Return the settings, with those that are given in place of the environment's, and begin to log.
+
+    Args:
+        process: what the log calls this process.
+        given: settings of the command line; None for one that is not given.
 
     Raises Stop where one of them is wrong.
     """
     from pydantic import ValidationError
 
     from app.contracts.settings import Settings
+    from app.observability.logs import configure
 
     try:
         found = Settings(**{name: value for name, value in given.items() if value is not None})
@@ -103,6 +109,5 @@ def configured(**given: Any) -> "Settings":
         names = [(str(problem["loc"][0]) if problem["loc"] else "", problem["msg"]) for problem in error.errors()]
         text = "\nmaskmerge: ".join(f"MASKMERGE_{name.upper()}: {message}" for name, message in names)
         raise Stop(text, Exit.USAGE) from error
-    logging.basicConfig(level=found.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure(found.log_level, found.log_format, process)
     return found

@@ -15,7 +15,7 @@ Tenant = Annotated[str, Field(pattern=TENANT)]
 
 
 class Scope(StrEnum):
-    """What a key allows. Each scope includes those before it."""
+    """What a key allows. `write` includes `read`, and `admin` all."""
 
     READ = "read"
     """Every GET, of the tenant's own jobs, artifacts and statistics."""
@@ -23,11 +23,13 @@ class Scope(StrEnum):
     """Everything else that concerns jobs: to submit, cancel, retry and delete them."""
     ADMIN = "admin"
     """Creating, listing and revoking the keys of all tenants."""
+    METRICS = "metrics"
+    """GET /metrics, which counts jobs of all tenants, and nothing else: for what watches the service."""
 
     @property
     def included(self) -> frozenset["Scope"]:
-        scopes = list(Scope)
-        return frozenset(scopes[: scopes.index(self) + 1])
+        more = {Scope.WRITE: {Scope.READ}, Scope.ADMIN: set(Scope)}
+        return frozenset({self} | more.get(self, set()))
 
 
 def _is_text(value: object) -> object:
@@ -65,7 +67,8 @@ class NewKey(Strict):
     tenant: Tenant = DEFAULT_TENANT
     """Tenant whose jobs the key's holder makes and sees; others' are a 404."""
     scopes: list[Scope] = Field(default_factory=lambda: [Scope.WRITE], min_length=1, max_length=10)
-    """What the key allows: `read`, `write`, which includes `read`, or `admin`, which includes both."""
+    """What the key allows: `read`, `write`, which includes `read`, `admin`, which
+    includes both, or `metrics`, which allows `GET /metrics` alone."""
     expires_at: Expiry | None = None
     """Time from which the key is refused; null: never."""
 

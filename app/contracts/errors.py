@@ -79,6 +79,8 @@ class ProblemBody(BaseModel):
     """Path of the request."""
     errors: list[FieldError] = []
     """The fields of the request that are wrong, if there are any."""
+    request_id: str
+    """The request's id, as in the header `X-Request-ID` and in the service's log."""
 
 
 class ProblemError(Exception):
@@ -91,7 +93,7 @@ class ProblemError(Exception):
         self.errors = errors or []
         self.headers = headers
 
-    def body(self, instance: str) -> dict[str, Any]:
+    def body(self, instance: str, request_id: str) -> dict[str, Any]:
         return ProblemBody(
             title=self.problem.title,
             status=self.problem.status,
@@ -99,4 +101,5 @@ class ProblemError(Exception):
             detail=self.detail,
             instance=instance,
             errors=self.errors,
+            request_id=request_id,
         ).model_dump()

@@ -9,6 +9,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 from worker.engine.catalog.primitives.paths import Told, told
 
+JOB_ID = r"[0-9a-f]{28}"
+
 
 class JobKind(StrEnum):
     """The kind of result that a job makes."""
@@ -260,7 +262,8 @@ class Record(RecordCore):
     """A job as it is stored.
 
     `revision` is the number of its latest event; `artifact` names the published artifact; `inputs` is the state of each
-    checkpoint when the job was accepted, by its reference.
+    checkpoint when the job was accepted, by its reference; `request_id` is that of the request that made it, and
+    `traceparent` names its span.
     """
 
     revision: int
@@ -268,6 +271,8 @@ class Record(RecordCore):
     result: MergeResult | ScoreResult | None
     inputs: dict[str, str]
     artifact: str | None
+    request_id: str | None
+    traceparent: str | None
 
     def public(self) -> Job:
         return Job(**self.core(), request=self.request, result=self.result)

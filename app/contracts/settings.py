@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -16,6 +16,7 @@ from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYT
 SEPARATORS = {"local_roots": ":", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
 """Between the parts of a variable's value."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
+LogFormat = Literal["text", "json"]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -133,6 +134,8 @@ class Settings(BaseSettings):
     """Least time between two `job.progress` of a job."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """Seconds for which an Idempotency-Key is remembered."""
+    log_format: LogFormat = "text"
+    """Format of the log: `text`, or `json` for an object a line."""
     log_level: Annotated[str, Field(pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")] = "INFO"
     """Lowest level of the messages that are logged."""
 

@@ -39,7 +39,6 @@ class Deliverer:
         timeout_s: time that an attempt of the sender has.
         chance: returns a number from 0 to 1, by which retries are spread.
         poll_s: seconds between two looks at what is due.
-        count: called with the state that each attempt leaves its delivery in, for whoever counts.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class Deliverer:
         *,
         chance: Callable[[], float] = random.random,
         poll_s: float = POLL_S,
-        count: Callable[[DeliveryState], None] = lambda state: None,
     ) -> None:
         self._store = store
         self._secrets = secrets
@@ -59,7 +57,6 @@ class Deliverer:
         self._lease_ms = int((timeout_s + SETTLING_S) * 1000)
         self._chance = chance
         self._poll_s = poll_s
-        self._count = count
         self._task: asyncio.Task[None] | None = None
         self._sending: dict[asyncio.Task[None], Claimed] = {}
         self._news = asyncio.Event()
@@ -161,7 +158,6 @@ class Deliverer:
         if not self._store.deliveries.settle(claimed, attempt, state, next_ms, is_gone=answer.is_gone):
             logger.info("delivery %s is no longer ours, or its job was deleted", claimed.id)
             return
-        self._count(state)
         level = logging.INFO if state is DeliveryState.DELIVERED else logging.WARNING
         # The URL's path and query may hold secrets, so host and port stand for it.
         logger.log(

@@ -23,6 +23,8 @@ from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import JobKind
 from app.contracts.lifetime import die_with_parent
 from app.contracts.requests import MergeRequest, ScoreRequest
+from app.contracts.settings import Settings
+from app.observability.logs import configure
 from app.services.bodies import read_body
 from app.services.checks import Checker
 from app.services.inspection import (
@@ -183,6 +185,7 @@ class _Told:
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[1]))
-    logging.basicConfig(level=os.environ.get("MASKMERGE_LOG_LEVEL", "INFO"), stream=sys.stderr)
+    configured = Settings()
+    configure(configured.log_level, configured.log_format, "inspector")
     with socket.socket(fileno=int(sys.argv[2])) as control:
         serve(control)

@@ -15,6 +15,7 @@ from app.contracts.limits import TenantLimits
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.contracts.webhooks import JobWebhook
+from app.observability.context import request_id, traceparent
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
 from app.services.limits import Room, refusing, require_priority
@@ -101,6 +102,8 @@ class Jobs:
                 request.priority,
                 webhook,
                 0 if accepted.plan is None else accepted.plan.bytes_to_write,
+                request_id(),
+                traceparent(),
             )
             created = await run_sync(self._create, job, once if once.key else None)
         elif not created.same_body and await self._asks_the_same(created.job_id, request, caller.tenant):

@@ -4,8 +4,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
+from redis import Redis as BlockingRedis
 from redis.asyncio import Redis
 
 from app.contracts.events import Event, EventKind, LogEntry, StatusChange
@@ -15,6 +16,23 @@ from app.storage.keys import Keys
 TURN_MS = 5_000  # one wait for news, after which a deleted job is noticed and, among many readers, the next has a turn
 
 Entries = list[tuple[str, dict[str, str]]]
+
+
+class JobLog:
+    """Reads the events of status and log that jobs have had. It raises redis exceptions when Redis is away.
+
+    Args:
+        redis: a client with decode_responses.
+    """
+
+    def __init__(self, redis: BlockingRedis, keys: Keys) -> None:
+        self._redis = redis
+        self._keys = keys
+
+    def read(self, job_id: str) -> list[Event]:
+        """Return a job's events up to now, oldest first."""
+        entries = cast(Entries, self._redis.xrange(self._keys.events(job_id)))
+        return [_event(*entry) for entry in entries]
 
 
 class JobWatcher:

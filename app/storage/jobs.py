@@ -9,7 +9,9 @@ from redis import Redis
 
 from app.contracts.limits import UNLIMITED, TenantLimits
 from app.storage.deliveries import Deliveries
+from app.storage.events import JobLog
 from app.storage.keys import Keys
+from app.storage.metrics import Sums
 from app.storage.records import Records
 from app.storage.scripts import Clock, JobScripts
 from app.storage.tasks import Tasks
@@ -42,3 +44,5 @@ class JobStore:
         self.deliveries = Deliveries(redis, keys, scripts)
         self.usage = Usage(redis, keys)
         self.workers = Workers(redis, keys, scripts.clock)
+        self.sums = Sums(redis, keys)
+        self.log = JobLog(redis, keys)

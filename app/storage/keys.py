@@ -144,5 +144,10 @@ class Keys:
         """Sorted set of live workers, by the time from which they count as gone."""
         return self._key("workers")
 
+    @property
+    def sums(self) -> str:
+        """Hash of the sums that metrics tell, by the name of the metric and the values of its labels."""
+        return self._key("sums")
+
     def _key(self, *parts: str) -> str:
         return ":".join((self.prefix, *parts))

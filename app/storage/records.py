@@ -64,6 +64,10 @@ class NewJob:
     webhook: JobWebhook | None = None
     bytes_to_write: int = 0
     """Bytes of the artifact that it is going to write, as far as its plan says."""
+    request_id: str | None = None
+    """Id of the request that makes it, for logs."""
+    traceparent: str | None = None
+    """Name of that request's span, for traces; see `app.observability.traces`."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ class Records:
             fields["deadline_ms"] = int(job.deadline_seconds * 1000)
         if job.webhook is not None:
             fields["webhook"] = job.webhook.model_dump_json()
+        if job.request_id is not None:
+            fields["request_id"] = job.request_id
+        if job.traceparent is not None:
+            fields["traceparent"] = job.traceparent
         once = idempotency or Idempotency("", "", 0)
         remembered = f"{job_id} {once.digest}" if once.key else ""
         remembering = self._remembering(job.tenant, once)
@@ -211,6 +219,8 @@ class Records:
             result=result,
             inputs=json.loads(fields["inputs"]),
             artifact=fields.get("artifact"),
+            request_id=fields.get("request_id"),
+            traceparent=fields.get("traceparent"),
         )
 
     def outcome(self, job_id: str, tenant: str | None = None) -> Outcome | Gone | None:

@@ -14,7 +14,7 @@ from redis import Redis
 from redis.commands.core import Script
 
 from app.contracts.api_keys import DEFAULT_TENANT
-from app.contracts.jobs import Status
+from app.contracts.jobs import JobKind, Status
 from app.contracts.limits import HIGHEST_PRIORITY
 from app.storage.keys import Keys
 
@@ -79,6 +79,8 @@ def _constants(keys: Keys) -> str:
         "HIGHEST_PRIORITY": HIGHEST_PRIORITY,
         "TURN_EVERY": TURN_EVERY,
         "DEFAULT_TENANT": f"'{DEFAULT_TENANT}'",
+        "DEFAULT_KIND": f"'{JobKind.MERGE}'",
+        "SUMS": f"'{keys.sums}'",
         "TASK": f"'{keys.task('')}'",
         "WAITING": f"'{keys.waiting('')}'",
         "RUNNING": f"'{keys.running('')}'",

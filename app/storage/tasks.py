@@ -10,6 +10,7 @@ from redis import Redis
 
 from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Status, TaskId, TaskState
 from app.contracts.limits import TenantLimits
+from app.observability.metrics import counts_of
 from app.storage.keys import Keys
 from app.storage.scripts import JobScripts, flat, listed
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
@@ -213,6 +214,7 @@ class Tasks:
                 status,
                 "" if progress is None else progress.model_dump_json(),
                 "" if result is None else result.model_dump_json(),
+                json.dumps([] if result is None else counts_of(result)),
                 len(notes),
                 *notes,
                 *flat(fields),

@@ -82,7 +82,10 @@ ASKING = [
     ("GET", f"/jobs/{UNKNOWN}"),
     ("DELETE", f"/jobs/{UNKNOWN}"),
     *[("POST", f"/jobs/{UNKNOWN}/{action}") for action in ("cancel", "retry")],
-    *[("GET", f"/jobs/{UNKNOWN}/{part}") for part in ("events", "artifacts", "artifacts/a", "archive", "report")],
+    *[
+        ("GET", f"/jobs/{UNKNOWN}/{part}")
+        for part in ("events", "artifacts", "artifacts/a", "archive", "report", "log")
+    ],
     ("GET", f"/jobs/{UNKNOWN}/deliveries"),
     ("POST", f"/jobs/{UNKNOWN}/deliveries/1/redeliver"),
     ("POST", "/webhooks/secret"),
@@ -121,8 +124,21 @@ def test_that_redis_hangs_is_told_within_2_s(hung: TestClient, method: str, path
     keeps_within(TOLD_WITHIN_S, told)
 
 
+def test_metrics_say_within_2_s_that_redis_hangs(hung: TestClient) -> None:
+    def told() -> float:
+        time.sleep(HUNG_S)
+        began = time.monotonic()
+        response = hung.get("/metrics")
+        took = time.monotonic() - began
+        assert response.status_code == 200
+        assert response.text.splitlines()[-1] == "maskmerge_redis_up 0.0"
+        return took
+
+    keeps_within(TOLD_WITHIN_S, told)
+
+
 def test_every_route_that_asks_redis_is_among_these(hung: TestClient) -> None:
-    without = {"/healthz", "/methods"}
+    without = {"/healthz", "/methods", "/metrics"}  # the last has a test of its own
     paths = hung.get("/openapi.json").json()["paths"]
     routes = {(method.upper(), path) for path, methods in paths.items() for method in methods if path not in without}
     names = {

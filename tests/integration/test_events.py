@@ -21,7 +21,7 @@ from app.storage.events import TURN_MS, JobWatcher
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
 from app.storage.scripts import PROGRESS_KEPT
-from tests.conftest import BASE_URL, HANGS_S, HERE, RESULT, wait_until
+from tests.conftest import BASE_URL, HANGS_S, HERE, RESULT, assert_problem, wait_until
 
 MAX_LOSSES = 3
 NOTES = ["2 of 200 rows of local:rows.jsonl are longer than 48 tokens and were truncated", "another"]
@@ -131,6 +131,29 @@ def test_the_wire_form_of_every_kind(store: JobStore, api: TestClient) -> None:
     assert response.headers["Content-Type"].startswith("text/event-stream")
     assert response.headers["Cache-Control"] == "no-cache"
     assert {EventKind(line[7:]) for line in WIRE.splitlines() if line.startswith("event: ")} == set(EventKind)
+
+
+LOG = """\
+2027-01-15T08:00:00.123Z attempt 0 queued
+2027-01-15T08:00:00.123Z attempt 1 running
+2027-01-15T08:00:00.123Z attempt 1 attempt_started: attempt 1 starts on worker machine-1
+"""
+END = "2027-01-15T08:00:00.123Z attempt 1 failed: invalid_dataset: rows.jsonl: line 3 has no 'text'\\nreally\n"
+
+
+def test_the_log_as_text_has_what_there_is_up_to_now(store: JobStore, api: TestClient) -> None:
+    task = new_job(store)
+    attempt = claimed(store, task)
+    store.tasks.renew(attempt, halfway())
+    response = api.get(f"/jobs/{task.job}/log")
+    assert (response.status_code, response.text) == (200, LOG)
+    assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    store.tasks.fail(attempt, FAILURE)
+    assert api.get(f"/jobs/{task.job}/log").text == LOG + END, "a line break in a message begins no line"
+    head = api.head(f"/jobs/{task.job}/log")
+    assert (head.status_code, head.text, head.headers["Content-Length"]) == (200, "", str(len(LOG + END)))
+    assert_problem(api.get(f"/jobs/{'0' * 28}/log"), 404, "not_found")
 
 
 @pytest.mark.parametrize("after", range(7))

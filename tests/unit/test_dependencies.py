@@ -36,11 +36,11 @@ def imported(files: Iterable[Path]) -> set[str]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (["app", "worker/engine/catalog"], ["mcp"]),
+        (["app", "worker/engine/catalog"], ["mcp", "tracing"]),
         (["worker"], ["worker"]),
         (["examples"], ["worker", "demo"]),
         (["bench"], ["worker", "demo", "dev"]),
-        (["docs", "tests"], ["worker", "dev", "mcp"]),
+        (["docs", "tests"], ["worker", "dev", "mcp", "tracing"]),
     ],
     ids=["api", "worker", "examples", "bench", "tests"],
 )

@@ -31,6 +31,7 @@ while true do
         {'log', 'attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. worker},
         {'progress', progress},
       })
+      count(1, 'maskmerge_attempts_started_total', tenant)
       local claimed = task_id .. ' ' .. attempt
       redis.call('SET', claim, claimed, 'EX', remembered_s)
       return claimed

@@ -16,5 +16,6 @@ redis.call('ZADD', jobs_of_tenant, 0, job_id)
 redis.call('HSET', task, 'attempt', 0, 'losses', 0)
 change_job({fields = {unpack(ARGV, 12)}, {'status', 'queued'}})
 move(task, task_id, 'queued')
+count(1, 'maskmerge_jobs_accepted_total', tenant_of_job(), redis.call('HGET', job, 'kind'))
 start_the_time(task_id)
 return false

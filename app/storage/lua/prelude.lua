@@ -15,6 +15,15 @@ local job, result, events, progress_events, deadlines = unpack(KEYS)
 local deliveries = KEYS[#KEYS]
 local now = ARGV[1]
 
+-- Adds to a sum of app/observability/metrics.py, in the script that makes what is counted happen: so it counts once.
+local function count(by, ...)
+  redis.call('HINCRBYFLOAT', SUMS, table.concat({...}, ' '), by)
+end
+
+local function tenant_of_job()
+  return redis.call('HGET', job, 'tenant') or DEFAULT_TENANT
+end
+
 local function add(stream, ...)
   redis.call('XADD', stream, redis.call('HINCRBY', job, 'revision', 1), 'at', now, ...)
 end
@@ -26,11 +35,16 @@ function news.status(status)
   redis.call('HSET', job, 'status', status)
   if FINAL[status] then
     redis.call('HSET', job, 'finished_ms', now)
+    local kind = redis.call('HGET', job, 'kind') or DEFAULT_KIND
+    count(1, 'maskmerge_jobs_finished_total', tenant_of_job(), kind, status)
     redis.call('EXPIRE', progress_events, PROGRESS_KEPT_S)
   elseif status == 'queued' then
     redis.call('PERSIST', progress_events)
   end
   local error = redis.call('HGET', job, 'error') or ''
+  if status == 'failed' then
+    count(1, 'maskmerge_job_failures_total', tenant_of_job(), cjson.decode(error).code)
+  end
   add(events, 'event', 'status', 'status', status, 'attempt', redis.call('HGET', job, 'attempt'), 'error', error)
 end
 

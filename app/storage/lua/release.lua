@@ -11,6 +11,7 @@ end
 local losses = redis.call('HINCRBY', task, 'losses', lost)
 local why = {'log', 'attempt_handed_back', 'attempt ' .. attempt .. ' was handed back by a worker that stops'}
 if lost == '1' then
+  count(1, 'maskmerge_attempts_lost_total', tenant_of_job(), only_expired == '1' and 'lease' or 'engine')
   local loss = 'loss ' .. losses .. ' of ' .. most_losses
   why = {'log', 'attempt_lost', 'attempt ' .. attempt .. ' lost its worker or engine process, ' .. loss}
 end

@@ -9,4 +9,5 @@ if is_gone == '1' then disable_webhook() end
 if state == 'pending' and redis.call('HGET', job, 'webhook_gone_ms') then state = 'disabled' end
 redis.call('HSET', delivery, 'state', state)
 if state == 'pending' then send_at(n, next_ms) else send_no_more(n) end
+count(1, 'maskmerge_webhook_attempts_total', state)
 return 1
