@@ -97,7 +97,8 @@ def read_manifest(content: bytes) -> dict[str, str]:
         if len(parts) > MOST_DEPTH:
             raise ManifestError(f"{_shown(path)} is more than one folder deep, or no relative path")
         for part in parts[:-1]:
-            if not part or part.startswith(".") or "\\" in part or not part.isprintable():
+            is_long = len(part.encode(errors="replace")) > MOST_NAME_BYTES
+            if not part or part.startswith(".") or "\\" in part or not part.isprintable() or is_long:
                 raise ManifestError(f"{_shown(path)} is no relative path below the folder")
         problem = name_problem(parts[-1])
         if problem is not None:

@@ -325,7 +325,10 @@ class Writer:
                 raise UploadRefused(f"'{path}' is {sha256}, which was uploaded as {file.about.name}, of another format")
             target = new / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._uploads.place(file).path, target)
+            try:
+                os.link(self._uploads.place(file).path, target)
+            except FileNotFoundError as error:
+                raise UploadRefused(f"'{path}' is {sha256}, which was deleted just now") from error
         return self._publish(new)
 
     def _publish(self, made: Path) -> Upload:

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from redis import Redis
 
 from app.cli.exits import Exit
+from app.embedded_redis import EmbeddedRedis, wait_for
 from app.storage.keys import Keys
 from app.storage.versions import FORMAT, MARK, NEWER_DATA_STATUS, check_folder
-from tests.conftest import REPOSITORY, Service, free_port, tiny_recipe
+from tests.conftest import REPOSITORY, Service, free_port, tiny_recipe, wait_until
 
 RELEASE = REPOSITORY / "tests" / "data" / "release_1b95f83.tar.xz"
 NEWER = json.dumps({"format": FORMAT + 1, "release": "9.9.9"})
@@ -125,6 +127,43 @@ def test_every_process_refuses_a_newer_redis(tmp_path: Path, redis: Redis, redis
     refusal("app.cli", "keys", "create", **with_redis)
     assert redis.get(Keys("newer").format) == NEWER
     assert redis.keys("newer:*") == [Keys("newer").format]
+
+
+def test_the_api_ends_when_a_newer_redis_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "redis").mkdir()
+    late = EmbeddedRedis(tmp_path / "redis")
+
+    def started() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(late.command, stdout=subprocess.DEVNULL)
+        wait_for(late, process)
+        return process
+
+    process = started()
+    with Redis.from_url(late.url) as client:
+        client.set(Keys("newer").format, NEWER)
+    process.terminate()
+    process.wait()
+    port = free_port()
+    settings = {"MASKMERGE_REDIS_URL": late.url, "MASKMERGE_DATA_DIR": str(tmp_path), "MASKMERGE_QUEUE": "newer"}
+    command = [sys.executable, "-m", "app.cli", "api", "--port", str(port)]
+    with subprocess.Popen(
+        command, env={**os.environ, **settings}, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    ) as api:
+        wait_until(lambda: answers(port), "the API to start without Redis")
+        process = started()
+        _, said = api.communicate(timeout=60)
+    process.terminate()
+    process.wait()
+    late.clean()
+    assert api.returncode == NEWER_DATA_STATUS, said
+    assert "9.9.9" in said
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.parametrize("mark", ["", "{}", "3", '{"format": "x", "release": "1"}'])
