@@ -13,6 +13,7 @@ from app.client.downloads import OnBytes
 from app.client.errors import Refused, Unreachable, UploadFailed
 from app.client.steps import Do, Emit, Patience, Send, Sleep, Step, Steps
 from app.contracts.uploads import Kind, UploadStatus, ending, group, manifest, name_problem
+from worker.engine.catalog.checkpoints.files import INNER_FOLDER
 
 CHUNK_BYTES = 8_000_000  # sent in half a minute by a line of 2 Mbit/s
 OUT_OF_STEP_S = 0.1
@@ -126,11 +127,11 @@ def _files(path: Path) -> list[tuple[str, Path]]:
 
 
 def _taken(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files that the service takes, of a folder and of those directly in it; others are left out."""
+    """Yield the files that the service takes, of a checkpoint's folder and those of its modules and templates."""
     for entry in folder.iterdir():
         if entry.is_file() and name_problem(entry.name) is None:
             yield entry.name, entry
-        elif entry.is_dir() and not entry.name.startswith("."):
+        elif entry.is_dir() and INNER_FOLDER.fullmatch(entry.name):  # not what training has left there
             for inner in entry.iterdir():
                 if inner.is_file() and name_problem(inner.name) is None:
                     yield f"{entry.name}/{inner.name}", inner
