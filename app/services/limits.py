@@ -67,7 +67,7 @@ class Room:
         """Raise ProblemError where the tenant may not have an upload of so many bytes, or the disk has no room.
 
         Args:
-            total: bytes of an upload of which nothing is there; 0 for one that goes on.
+            total: bytes by which it is larger than it was announced before; 0 for one that goes on.
             missing: bytes of it that are not there yet.
         """
         most, used = self._limits.of(tenant).stored_bytes, self._usage.of(tenant) + self.uploaded(tenant)

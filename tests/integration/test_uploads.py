@@ -200,13 +200,22 @@ def test_an_upload_has_a_limit_of_its_own(api: TestClient) -> None:
     assert put(api, b" " * MOST).status_code == 201
 
 
-def test_an_upload_that_the_disk_has_no_room_for_is_refused(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    services = api.app.state.services  # type: ignore[attr-defined]
-    kept = services.settings.min_free_bytes
-    monkeypatch.setattr(services.artifacts, "free_bytes", lambda: kept + len(ROWS) - 1)
-    assert_problem(put(api, ROWS), 507, "no_space")
-    monkeypatch.setattr(services.artifacts, "free_bytes", lambda: kept + len(ROWS))
+def test_an_upload_that_the_disk_has_no_room_for_is_refused(api: TestClient, settings: Settings) -> None:
+    full = TestClient(create_app(settings.model_copy(update={"min_free_bytes": 2**60})), BASE_URL, client=HERE)
+    assert_problem(put(full, ROWS), 507, "no_space")
+    assert_problem(full.get(f"/uploads/{digest(ROWS)}"), 404, "not_found")
     assert put(api, ROWS).status_code == 201
+
+
+def test_an_upload_may_not_grow_beyond_what_its_tenant_may_store(api: TestClient, settings: Settings) -> None:
+    limited = TestClient(create_app(settings.model_copy(update={"max_stored_bytes": 100_000})), BASE_URL, client=HERE)
+    large = b" " * 100_001
+    assert put(limited, b" ", of=large, range_="bytes 0-0/2").status_code == 202  # it is announced as a small one
+    assert_problem(put(limited, large), 413, "storage_full")
+    assert put(limited, large[:-1]).status_code == 413  # with the two bytes above, which take a block of the disk
+    assert limited.delete(f"/uploads/{digest(large)}").status_code == 204
+    assert put(limited, large[:-1]).status_code == 201
+    assert_problem(put(limited, ROWS), 413, "storage_full")
 
 
 def test_other_tenants_uploads_do_not_exist(api: TestClient, redis: Redis, settings: Settings) -> None:
