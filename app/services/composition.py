@@ -107,7 +107,7 @@ def compose(settings: Settings) -> Services:
         uploads=Uploads(
             uploads,
             inspectors,
-            store.records.uploads_in_use,
+            store.active.uploads_read,
             room,
             settings.max_upload_bytes,
             settings.upload_retention,

@@ -8,6 +8,7 @@ Each change of a job's status or progress is an event in its log, added by the s
 from redis import Redis
 
 from app.contracts.limits import UNLIMITED, TenantLimits
+from app.storage.active import ActiveJobs
 from app.storage.deliveries import Deliveries
 from app.storage.events import JobLog
 from app.storage.keys import Keys
@@ -42,6 +43,7 @@ class JobStore:
         self.records = Records(redis, keys, scripts, retention_seconds, limits)
         self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)
         self.deliveries = Deliveries(redis, keys, scripts)
+        self.active = ActiveJobs(redis, keys)
         self.usage = Usage(redis, keys)
         self.workers = Workers(redis, keys, scripts.clock)
         self.sums = Sums(redis, keys)

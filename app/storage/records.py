@@ -1,7 +1,6 @@
 """Records of jobs, which say what became of each. They are the truth; RQ only carries task ids."""
 
 import json
-import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,16 +25,14 @@ from app.contracts.jobs import (
 )
 from app.contracts.limits import QueueFull, TenantLimits
 from app.contracts.webhooks import JobWebhook
+from app.storage.active import ActiveJobs
 from app.storage.keys import Keys
 from app.storage.scripts import SUMMARY_FIELDS, JobScripts, flat, listed, source
 from app.storage.usage import as_arguments, refusal
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, ScoreResult
 
 GONE_KEPT_S = 30 * 86_400  # time for which it is known why a job is gone, and that its files belong to nobody
-READ_AT_ONCE = 500  # records of which one field is read
 PAGE = 60  # records read at once; lists of the API have 20 entries unless asked otherwise
-UPLOAD_NAMED = re.compile(r'"upload:([0-9a-f]{64})"')
-JOB_NAMED = re.compile(r'"job:([0-9a-f]{28})/')
 """References to uploads and to models of jobs, in a request's JSON."""
 
 
@@ -116,6 +113,7 @@ class Records:
         self._scripts = scripts
         self._retention_ms = None if retention_seconds is None else int(retention_seconds * 1000)
         self._limits = limits
+        self._active = ActiveJobs(redis, keys)
         self._summaries = redis.register_script(source("summaries"))
 
     def create(
@@ -330,7 +328,7 @@ class Records:
                 )
                 if finished is None or int(finished) > ended_by:
                     continue
-                read = self._read_by_active_jobs() if read is None else read
+                read = self._active.jobs_read() if read is None else read
                 if job_id not in read:
                     yield Outlived(job_id, int(finished), artifact)
             if len(ids) < PAGE:
@@ -356,34 +354,6 @@ class Records:
             arguments = [str(task), error.model_dump_json()]
             ended += self._scripts.run("time_out", task.job, [self._keys.task(task)], arguments)
         return ended
-
-    def uploads_in_use(self) -> set[tuple[str, str]]:
-        """Return the tenant and the sha256 of each upload that active jobs name."""
-        active = self._of_active_jobs("tenant", "request")
-        return {
-            (tenant or DEFAULT_TENANT, sha256)
-            for tenant, request in active
-            for sha256 in UPLOAD_NAMED.findall(request or "")
-        }
-
-    def _read_by_active_jobs(self) -> set[str]:
-        """Return the ids of the jobs whose models active jobs name."""
-        active = self._of_active_jobs("request")
-        return {job_id for [request] in active for job_id in JOB_NAMED.findall(request or "")}
-
-    def _of_active_jobs(self, *names: str) -> Iterator[list[str | None]]:
-        """Yield these fields of the record of every job that waits or runs."""
-        tenants = cast(list[str], self._redis.zrange(self._keys.tenants, 0, -1))
-        lists = [key for tenant in tenants for key in (self._keys.waiting(tenant), self._keys.running(tenant))]
-        with self._redis.pipeline() as reads:  # at once, since a task may go from one list to another meanwhile
-            for key in (*lists, self._keys.due, self._keys.leases):
-                reads.zrange(key, 0, -1)
-            tasks = [str(name) for found in reads.execute() for name in found]
-        for first in range(0, len(tasks), READ_AT_ONCE):
-            with self._redis.pipeline(transaction=False) as reads:
-                for name in tasks[first : first + READ_AT_ONCE]:
-                    reads.hmget(self._keys.record(TaskId.parse(name).job), list(names))
-                yield from cast(list[list[str | None]], reads.execute())
 
     def _core(self, job_id: str, fields: Mapping[str, str]) -> dict[str, Any]:
         """Return the fields of `RecordCore`."""
