@@ -56,7 +56,7 @@ def submit(
                 else:
                     job = client.submit_scores(content) if scores else client.submit(content)
         except Refused as error:
-            raise recipes.refused(error, content) from error
+            raise recipes.refused(error.detail, {found.field for found in error.errors}, content) from error
         except Unreachable as error:
             raise Stop(f"{error}; {UNKNOWN}; `maskmerge serve` starts a service", Exit.UNREACHABLE) from error
         if not wait and output is None:

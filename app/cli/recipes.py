@@ -1,14 +1,11 @@
 """Recipes as files: reading them, and turning the paths in them into references."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.cli.exits import Stop
-
-if TYPE_CHECKING:
-    from app.client import Refused
 
 
 def read(recipe: Path) -> Any:
@@ -49,10 +46,10 @@ def related(
         raise Stop(str(error)) from error
 
 
-def refused(error: "Refused", content: Any) -> Stop:
-    """Return the end of a command whose recipe was refused, with advice where a path was meant."""
+def refused(detail: str, fields: Collection[str], content: Any) -> Stop:
+    """Return the end of a command whose recipe was refused for these fields, with advice where a path was meant."""
     from app.recipe_paths import taken_for_the_hubs
 
-    names = " or ".join(f"'{name}'" for name in taken_for_the_hubs(content, {found.field for found in error.errors}))
+    names = " or ".join(f"'{name}'" for name in taken_for_the_hubs(content, fields))
     advice = f"; there is no folder {names} here, so it was taken for a name on the hub" if names else ""
-    return Stop(f"{error.detail}{advice}")
+    return Stop(f"{detail}{advice}")

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
     from app.client import Job
     from app.contracts.requests import MergeRequest
     from app.contracts.settings import Settings
+    from app.services.bodies import Body
     from app.services.composition import Services
     from app.supervisor import Supervisor
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
 TICK_S = 0.1
 MOST_FAILURES = 3  # a worker that ends so often as it starts lacks something
 
@@ -53,10 +56,10 @@ def run(
     if not isinstance(content, dict):
         raise Stop(f"{recipe} holds no recipe, which is a mapping")
     roots = [*(local_root or [Path.cwd()]), Path("/")]
-    with _interruptible(), _beside(output) as data_dir:
+    with _interruptible() as interrupted, _beside(output) as data_dir:
         settings = _settings(data_dir, roots)
         content = recipes.related(content, list(settings.local_roots), follows_links=True)
-        job, folder = _done(settings, content, sys.stderr if as_json else sys.stdout)
+        job, folder = _done(settings, content, sys.stderr if as_json else sys.stdout, interrupted)
         tell(job, sys.stderr if as_json else sys.stdout)
         if folder is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -68,17 +71,18 @@ def run(
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does."""
+def _interruptible() -> Iterator[Event]:
+    """Yield an event that is set by Ctrl-C or SIGTERM, however often they come, so that all is tidied up.
 
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    An exception in a signal's handler may be raised anywhere, also where a library passes over it.
+    """
+    interrupted = Event()
+    before = {number: signal.signal(number, lambda *_: interrupted.set()) for number in ENDING}
     try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Stop("interrupted; nothing is left of the job", Exit.INTERRUPTED) from error
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -91,8 +95,6 @@ def _beside(output: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C does not keep the folder from being removed
-            signal.signal(number, signal.SIG_IGN)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -105,7 +107,7 @@ def _settings(data_dir: Path, roots: list[Path]) -> "Settings":
     return configured(data_dir=data_dir, local_roots=separable, artifact_store="folder", workers=1)
 
 
-def _done(settings: "Settings", content: dict[str, Any], out: Any) -> "tuple[Job, Path | None]":
+def _done(settings: "Settings", content: dict[str, Any], out: Any, interrupted: Event) -> "tuple[Job, Path | None]":
     """Do a job with processes of its own, showing its progress, and return it with the folder of its artifact."""
     from app.embedded_redis import NoRedisServer
     from app.supervisor import Supervisor
@@ -114,13 +116,13 @@ def _done(settings: "Settings", content: dict[str, Any], out: Any) -> "tuple[Job
     try:
         with supervisor.started() as url:
             supervisor.keep_running()  # the worker loads while the request is checked
-            return asyncio.run(_submitted(settings, url, supervisor, content, out))
+            return asyncio.run(_submitted(settings, url, supervisor, content, out, interrupted))
     except (NoRedisServer, OSError) as error:
         raise Stop(str(error)) from error
 
 
 async def _submitted(
-    settings: "Settings", url: str, supervisor: "Supervisor", content: dict[str, Any], out: Any
+    settings: "Settings", url: str, supervisor: "Supervisor", content: dict[str, Any], out: Any, interrupted: Event
 ) -> "tuple[Job, Path | None]":
     from pydantic import SecretStr
 
@@ -132,6 +134,9 @@ async def _submitted(
         following = asyncio.create_task(_followed(services, content, out))
         while not following.done():
             supervisor.keep_running()
+            if interrupted.is_set():
+                following.cancel()
+                raise Stop("interrupted; nothing is left of the job", Exit.INTERRUPTED)
             if supervisor.failures >= MOST_FAILURES:
                 following.cancel()
                 raise Stop("the worker does not start; its messages are above")
@@ -144,19 +149,24 @@ async def _submitted(
 
 async def _followed(services: "Services", content: dict[str, Any], out: Any) -> "tuple[Job, Path | None]":
     """Submit a recipe and show its progress. Raises Stop where it is refused."""
+    from app.cli import recipes
     from app.cli.following import news
     from app.contracts.api_keys import Caller
     from app.contracts.errors import ProblemError
+    from app.services.bodies import Body, field_there, read_body
     from app.storage.files import LocalFile
     from worker.engine.catalog.contracts.report import MANIFEST
 
-    request = _request(content)
-    if request.webhook is not None:
-        raise Stop("webhook: nothing is left that could tell anybody once this job has ended; leave it out")
+    body = Body(None, {})
     try:
-        record = await services.jobs.submit(request, Caller())
+        body = read_body(json.dumps(content).encode(), is_yaml=True)
+        record = await services.jobs.submit(_request(body), Caller())
     except ProblemError as error:
-        raise Stop(error.detail) from error
+        detail, fields = error.detail, []
+        for found in error.errors:
+            fields.append(field_there(found.field, body.fields_there))
+            detail = detail.replace(f"{found.field}: ", f"{fields[-1]}: ", 1)
+        raise recipes.refused(detail, fields, content) from error
     with news(out) as shown:
         async for event in services.watcher.follow(record.id):
             shown.show(event)
@@ -169,20 +179,22 @@ async def _followed(services: "Services", content: dict[str, Any], out: Any) -> 
     return ended.public(), next(path.parent for path in paths if path.name == MANIFEST)
 
 
-def _request(content: dict[str, Any]) -> "MergeRequest":
-    """Return the request that a recipe, ours or mergekit's, stands for. Raises ProblemError, Stop."""
+def _request(body: "Body") -> "MergeRequest":
+    """Return the request that a recipe holds. Raises Stop."""
     from pydantic import ValidationError
 
     from app.contracts.requests import MergeRequest
     from app.contracts.suitability import MOST_ERRORS
-    from app.services.bodies import field_of, field_there, message_of, read_body
+    from app.services.bodies import field_of, field_there, message_of
 
-    body = read_body(json.dumps(content).encode(), is_yaml=True)
     try:
-        return MergeRequest.model_validate(body.content)
+        request = MergeRequest.model_validate(body.content)
     except ValidationError as error:
         found = [
             (field_there(field_of(("", *one["loc"])), body.fields_there), message_of(one)) for one in error.errors()
         ]
         messages = [f"{field}: {message}" if field else message for field, message in found[:MOST_ERRORS]]
         raise Stop("; ".join(messages)) from error
+    if request.webhook is not None:
+        raise Stop("webhook: nothing is left that could tell anybody once this job has ended; leave it out")
+    return request

@@ -39,7 +39,12 @@ def place(tmp_path: Path, tiny_inputs: Path) -> Path:
 @contextmanager
 def running(place: Path, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
     """The command; what it started is gone when it ends, and so is what it wrote beside its result."""
-    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MASKMERGE_REDIS_URL": "redis://127.0.0.1:1"}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "MASKMERGE_REDIS_URL": "redis://127.0.0.1:1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-m", "app.cli", "run", *arguments]
     with subprocess.Popen(
         command, cwd=place, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -112,18 +117,18 @@ def test_what_is_refused_leaves_nothing_behind(place: Path) -> None:
             printed, errors = process.communicate(timeout=HANGS_S)
         assert (process.returncode, printed) == (status, "")
         assert says in errors
-    (place / "recipe.yaml").write_text("method: {name: avrage}\nmodels: [{name: a, checkpoint: linked/a}]\n")
-    with running(place, "recipe.yaml", "--output", "merged") as process:
-        printed, errors = process.communicate(timeout=HANGS_S)
-    assert (process.returncode, printed) == (1, "")
-    assert errors.startswith("maskmerge: method")
-    assert "average" in errors
-    told = "webhook: {url: 'https://example.org/'}"
-    (place / "recipe.yaml").write_text(
-        f"method: {{name: average}}\nmodels: [{{name: a, checkpoint: linked/a}}]\n{told}\n"
-    )
-    with running(place, "recipe.yaml", "--output", "merged") as process:
-        printed, errors = process.communicate(timeout=HANGS_S)
-    assert (process.returncode, printed) == (1, "")
-    assert errors.startswith("maskmerge: webhook: nothing is left")
+    for text, *says in (
+        ("method: {name: avrage}\nmodels: [{name: a, checkpoint: linked/a}]", "maskmerge: method", "average"),
+        (
+            "method: {name: average}\nmodels: [{name: a, checkpoint: linked/a}]\nwebhook: {url: 'https://example.org/'}",
+            "maskmerge: webhook: nothing is left",
+        ),
+        ((MERGEKIT % "linked/b").replace("3.0", "heavy"), "maskmerge: models.1.parameters.weight: give a number"),
+        (MERGEKIT % "lm/nothere", "models.1.model: ", "there is no folder 'lm/nothere' here"),
+    ):
+        (place / "recipe.yaml").write_text(text)
+        with running(place, "recipe.yaml", "--output", "merged") as process:
+            printed, errors = process.communicate(timeout=HANGS_S)
+        assert (process.returncode, printed) == (1, "")
+        assert all(words in errors for words in says), errors
     assert names(place) == {"linked", "recipe.yaml", "taken"}
