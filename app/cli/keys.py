@@ -48,7 +48,7 @@ def create(
         typer.Option(
             "--scope",
             metavar="SCOPE",
-            help="What it allows: read, write (and read) or admin (and both); repeatable. Default: write.",
+            help="What it allows: read, write (and read), metrics, or admin (and all); repeatable. Default: write.",
         ),
     ] = None,
     expires: Annotated[
