@@ -117,7 +117,7 @@ def test_what_is_refused_leaves_nothing_behind(place: Path) -> None:
             printed, errors = process.communicate(timeout=HANGS_S)
         assert (process.returncode, printed) == (status, "")
         assert says in errors
-    for text, *says in (
+    for text, *wanted in (
         ("method: {name: avrage}\nmodels: [{name: a, checkpoint: linked/a}]", "maskmerge: method", "average"),
         (
             "method: {name: average}\nmodels: [{name: a, checkpoint: linked/a}]\nwebhook: {url: 'https://example.org/'}",
@@ -130,5 +130,5 @@ def test_what_is_refused_leaves_nothing_behind(place: Path) -> None:
         with running(place, "recipe.yaml", "--output", "merged") as process:
             printed, errors = process.communicate(timeout=HANGS_S)
         assert (process.returncode, printed) == (1, "")
-        assert all(words in errors for words in says), errors
+        assert all(words in errors for words in wanted), errors
     assert names(place) == {"linked", "recipe.yaml", "taken"}
