@@ -20,6 +20,12 @@ SECRET = re.compile(
     r"(?<=mm_[0-9a-f]{16}_)[A-Za-z0-9_-]{43}|(?<=whsec_)[A-Za-z0-9+/=_-]{16,}|(?<=hf_)[A-Za-z0-9]{20,}"
     r"|(?<=://)[^\s/@]*:[^\s/@]*(?=@)"
 )
+MARKS = (
+    "mm_",
+    "whsec_",
+    "hf_",
+    "@",
+)  # one of them is in every secret; to look for these first takes a tenth of the time
 COLOURED = "color_message"  # uvicorn repeats its messages in it, with codes for terminals
 
 
@@ -49,7 +55,6 @@ class JsonLines(JsonFormatter):
             rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
             static_fields={"process": process},
             reserved_attrs=[*RESERVED_ATTRS, COLOURED],
-            json_default=str,  # the library's own encoder takes twice the time
         )
 
     def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
@@ -88,7 +93,7 @@ def adopt() -> None:
 
 
 def without_secrets(text: str) -> str:
-    return SECRET.sub("…", text)
+    return SECRET.sub("…", text) if any(mark in text for mark in MARKS) else text
 
 
 def _log_end(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
