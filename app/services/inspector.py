@@ -43,6 +43,7 @@ from app.services.inspection import (
     Sound,
     Weights,
 )
+from app.services.warm_up import inspect_own_merge
 from app.storage.artifacts import open_artifacts
 from app.storage.sources import Sources, preload
 from app.storage.sources.source import SourceContext
@@ -60,6 +61,7 @@ def serve(control: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
     activations()  # so that copies have read the table of the library's models
     preload()
+    inspect_own_merge()
     gc.collect()
     gc.freeze()  # so that collecting garbage in a copy does not write to all that it shares with this process
     inspector = os.getpid()

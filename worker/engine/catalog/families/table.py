@@ -55,6 +55,12 @@ class Kind(StrEnum):
     OTHER = "other"  # used for architectures without a table
 
 
+MOST_KEPT_SLOTS = 10_000
+"""Number of slots that a family keeps at hand."""
+LONGEST_KEPT_NAME = 200
+"""Number of characters of a tensor's name up to which its slot is kept."""
+
+
 @dataclass(frozen=True)
 class Ownership:
     """The kinds of node that own slices of a layer's tensors, by the kind of module.
@@ -371,6 +377,11 @@ class Family:
                 raise ValueError(f"{self.model_type}: {module} is fused of kinds whose rows no nodes own")
 
     @cached_property
+    def _known_slots(self) -> dict[str, Slot | None]:
+        """Slots by the names that were asked for: a plan asks for each of its names many times."""
+        return {}
+
+    @cached_property
     def stacks(self) -> Sequence[Stack]:
         """The stacks of layers, in the order in which they run."""
         first = Stack(ENCODER if self.decoder else "", self.layers, self.layer_modules)
@@ -468,6 +479,16 @@ class Family:
 
     def slot(self, name: str) -> Slot | None:
         """Return the slot of the tensor `name`; None when the table has none for it."""
+        if len(name) > LONGEST_KEPT_NAME:
+            return self._slot(name)
+        known = self._known_slots
+        if name not in known:
+            if len(known) >= MOST_KEPT_SLOTS:  # names come from files, so there is no end to them
+                known.clear()
+            known[name] = self._slot(name)
+        return known[name]
+
+    def _slot(self, name: str) -> Slot | None:
         if self.older_prefix is not None and name.startswith(self.older_prefix):
             name = self.prefix + name.removeprefix(self.older_prefix)
         module, _, part = name.rpartition(".")
