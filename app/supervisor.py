@@ -27,6 +27,7 @@ from app.storage.versions import upgrade_folder, upgrade_redis
 from app.tls import Certificate
 
 TICK_S = 0.1
+ASK_S = 0.5  # whether the API is ready: each question is a line in its log
 STOP_S = 15  # time that a child has before it is killed
 LONGEST_BACKOFF_S = 10.0
 STEADY_S = 30.0  # a child that ran for so long starts again at once
@@ -77,10 +78,11 @@ class Supervisor:
         with self.started(Child("api", [sys.executable, "-m", "app.cli", "api"])) as url:
             with Redis.from_url(url, decode_responses=True) as redis:
                 ApiKeys(redis, self._settings.prefix).require(self._settings)
-            announced = False
+            ask_at: float | None = time.monotonic()
             while not self._stopping:
                 self.keep_running()
-                announced = announced or self._announce()
+                if ask_at is not None and time.monotonic() >= ask_at:
+                    ask_at = None if self._announce() else time.monotonic() + ASK_S
                 time.sleep(TICK_S)
         return 0
 

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -9,11 +11,28 @@ from app.cli import catalog, jobs, keys, run, service
 from app.cli.exits import Exit, explained
 
 app = typer.Typer(
-    help="Merge fine-tuned language models by the Fisher information of their mask nodes.",
+    help="Merge fine-tuned models: run the service, use one that runs, or merge on this machine without one.",
     no_args_is_help=True,
     rich_markup_mode=None,  # rich takes longer to load than all else that --help needs
     pretty_exceptions_enable=False,  # they show variables, and with them keys
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"maskmerge {version('maskmerge')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    is_asked: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the release, and end.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(run.run)
 app.command()(service.serve)
 app.command()(service.api)

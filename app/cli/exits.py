@@ -71,8 +71,11 @@ def explained(error: Exception) -> Stop | None:
     from app.client import ClientError, NoService, Refused, Unreachable
 
     if isinstance(error, Refused):
-        return Stop(error.detail + (f" (request {error.request_id})" if error.request_id else ""))
+        hint = "; commands take the API key from MASKMERGE_API_KEY" if error.code == "unauthenticated" else ""
+        return Stop(error.detail + hint + (f" (request {error.request_id})" if error.request_id else ""))
     if isinstance(error, Unreachable):
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return Stop(f"{error}; SSL_CERT_FILE names the file of a private authority", Exit.UNREACHABLE)
         return Stop(f"{error}; `maskmerge serve` starts a service", Exit.UNREACHABLE)
     if isinstance(error, NoService):
         return Stop(str(error), Exit.UNREACHABLE)

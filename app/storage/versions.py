@@ -63,7 +63,7 @@ def upgrade_redis(redis: Redis, keys: Keys) -> None:
     """Bring what Redis holds to the present form. Several processes may do so at once. Raises as `check_redis` does."""
     found = check_redis(redis, keys)
     for step in range(found, FORMAT):
-        logger.info("what Redis holds has the form %d, and gets the form %d", step, step + 1)
+        logger.info("Redis is brought from form %d to form %d; a new one begins at %d", step, step + 1, FIRST)
         OF_REDIS[step](redis, keys)
     if found < FORMAT:
         redis.set(keys.format, _mark())

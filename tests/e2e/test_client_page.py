@@ -15,7 +15,7 @@ from tests.e2e.test_readme import MARK, console_commands, matches
 PAGE = REPOSITORY / "docs" / "client.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 COMMANDS = console_commands(PAGE)
-SAID = ["… tensors, … bytes\nsucceeded 0.5", "…succeeded", "invalid_request ['method…']", "2048"]
+SAID = ["… tensors, … bytes\nsucceeded 0.5", "…succeeded", "invalid_request ['method…']", "at most 2048 rows…"]
 """What the programs print, in the order of the page."""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,17 @@ def test_a_refusal_is_told_with_the_name_of_the_request(capsys: pytest.CaptureFi
     with Server(refuses(409, "conflict", "it has succeeded already", X_Request_ID="r1")) as server:
         assert main(["cancel", JOB_ID, "--url", server.url]) == Exit.ERROR
     assert capsys.readouterr().err == "maskmerge: it has succeeded already (request r1)\n"
+
+
+def test_a_command_without_a_key_says_where_keys_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with Server(refuses(401, "unauthenticated", "the request has no API key")) as server:
+        assert main(["list", "--url", server.url]) == Exit.ERROR
+    assert "MASKMERGE_API_KEY" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == Exit.OK
+    assert capsys.readouterr().out == f"maskmerge {version('maskmerge')}\n"
 
 
 def test_where_nothing_answers_the_exit_status_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:

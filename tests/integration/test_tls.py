@@ -104,7 +104,7 @@ def test_clients_of_the_authority_are_served_and_no_connection_is_older_than_tls
         command = [sys.executable, "-m", "app.cli", "download", "0" * 28, "--url", url, "--output", str(tmp_path / "o")]
         for environment, said in (
             ({"SSL_CERT_FILE": str(tmp_path / "authority.pem")}, "there is no job"),
-            ({}, "CERTIFICATE"),
+            ({}, "SSL_CERT_FILE names"),
         ):
             variables = {**os.environ, **environment}
             done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
