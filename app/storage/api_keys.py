@@ -92,9 +92,7 @@ class ApiKeys:
         """Return whom a key stands for. Raises KeyRefused."""
         parts = TOKEN.fullmatch(token)
         if parts is None:
-            raise KeyRefused(
-                "the key does not have the form of an API key, mm_ID_SECRET; send the whole line that `keys create` printed"
-            )
+            raise KeyRefused("the key does not have the form mm_ID_SECRET; send all of what `keys create` printed")
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.api_key(parts["id"])))
         if not hmac.compare_digest(fields.get("digest", ""), _digest(token)):
             raise KeyRefused("the key is unknown")
