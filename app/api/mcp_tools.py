@@ -73,22 +73,22 @@ async def methods(ctx: Ctx) -> dict[str, Any]:
 async def validate(recipe: Recipe, ctx: Ctx) -> dict[str, Any]:
     """Check a recipe and its inputs, and tell what the job would do and take. Nothing is queued. Needs a key that may
     write."""
-    return await _asked(ctx, "POST", "/merge/validate", json=recipe)
+    return await _asked(ctx, "POST", "/merge/validate", recipe)
 
 
 @tools.tool(annotations=ToolAnnotations(read_only_hint=False, destructive_hint=False, open_world_hint=True))
 async def submit(recipe: Recipe, ctx: Ctx, key: Key = None) -> dict[str, Any]:
     """Queue a merge, and return its job. Needs a key that may write."""
     if key is None:
-        return _state(await _asked(ctx, "POST", "/merge", json=recipe))
-    return _state(await _asked(ctx, "PUT", f"/merge/{quote(key, safe='')}", json=recipe))
+        return _state(await _asked(ctx, "POST", "/merge", recipe))
+    return _state(await _asked(ctx, "PUT", f"/merge/{_part(key)}", recipe))
 
 
 @tools.tool(annotations=reading)
 async def status(job_id: JobId, ctx: Ctx, wait_seconds: Wait = 0) -> dict[str, Any]:
     """Tell how far a job is. It has ended when its status is succeeded, failed or cancelled."""
     prefer = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
-    return _state(await _asked(ctx, "GET", _job(job_id), headers=prefer))
+    return _state(await _asked(ctx, "GET", _job(job_id), **prefer))
 
 
 @tools.tool(annotations=ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True))
@@ -115,26 +115,35 @@ async def result(job_id: JobId, ctx: Ctx) -> dict[str, Any]:
 
 
 def _job(job_id: str) -> str:
-    return f"/jobs/{quote(job_id, safe='')}"
+    return f"/jobs/{_part(job_id)}"
+
+
+def _part(text: str) -> str:
+    """Return one part of a path; `.` and `..` are written so that httpx takes them for no steps between folders."""
+    return quote(text, safe="").replace(".", "%2E")
 
 
 def _state(job: dict[str, Any]) -> dict[str, Any]:
     return {name: job[name] for name in STATE}
 
 
-async def _asked(ctx: Ctx, method: str, path: str, **options: Any) -> dict[str, Any]:
+async def _asked(
+    ctx: Ctx, method: str, path: str, recipe: dict[str, Any] | None = None, **headers: str
+) -> dict[str, Any]:
     """Send the API a request with the key and from the address of who called the tool. Raises ToolError: refused."""
     sent = ctx.request_context.request
     if sent is None:
         raise RuntimeError("a tool was called without a request")
-    headers = {**options.pop("headers", {})}
+    content = None
+    if recipe is not None:  # `json` of httpx raises for what JSON has not, such as NaN, which is for the API to refuse
+        content, headers["Content-Type"] = json.dumps(recipe), "application/json"
     if "authorization" in sent.headers:
         headers["Authorization"] = sent.headers["authorization"]
     address = (sent.client.host, sent.client.port) if sent.client else ("unknown", 0)
     transport = httpx.ASGITransport(sent.app, raise_app_exceptions=False, client=address)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as api:
-        response = await api.request(method, path, headers=headers, **options)
-    content: dict[str, Any] = response.json()
+        response = await api.request(method, path, headers=headers, content=content)
+    said: dict[str, Any] = response.json()
     if response.is_error:
-        raise ToolError(f"{content['code']}: {content['detail']}")
-    return content
+        raise ToolError(f"{said['code']}: {said['detail']}")
+    return said

@@ -85,9 +85,11 @@ def _fetch(file: FileEntry, path: Path, tell: Callable[[int], None]) -> Steps:
                     stream.truncate(0)
                 etag = response.headers.get("ETag", etag)
                 while (block := (yield Next())) is not None:
+                    there += len(block)
+                    if there > file.bytes:  # a server that goes on would fill the disk
+                        break
                     digest.update(block)  # some ten microseconds, less than to hand it to a thread
                     stream.write(block)
-                    there += len(block)
                     tell(there)
                     patience.reset()
                 break
@@ -98,7 +100,7 @@ def _fetch(file: FileEntry, path: Path, tell: Callable[[int], None]) -> Steps:
                     yield Sleep(patience.pause_s(error))
                 digest, there = hashlib.sha256(), 0
                 stream.truncate(0)
-    if digest.hexdigest() != file.sha256:
+    if there > file.bytes or digest.hexdigest() != file.sha256:
         unfinished.unlink()
         raise DownloadFailed(f"{file.name} did not arrive as announced (sha256 {file.sha256}); download it again")
     unfinished.replace(path)

@@ -21,6 +21,7 @@ from app.contracts.scores import ScoresPage
 from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 
 RECONNECT_S = 1.0
+MOST_DIGITS = 18  # of an event's number
 PATIENCE_S = 60.0  # a service that is started again is back by then
 AGAIN = (429, 502, 503, 504)  # statuses after which the same request may succeed
 
@@ -143,7 +144,7 @@ def _follow(job_id: str, last_event_id: int | None, pick: Callable[[Event], Any]
                 if not received.data:  # a comment, which keeps the connection alive, ends as an event does
                     continue
                 event = _event(received)
-                is_news, last_event_id = True, int(received.id)
+                is_news, last_event_id = True, _number(received)
                 item = None if event is None else pick(event)
                 if item is not None:
                     yield Emit(item)
@@ -153,6 +154,12 @@ def _follow(job_id: str, last_event_id: int | None, pick: Callable[[Event], Any]
             yield Sleep(pause)
 
 
+def _number(received: ServerSentEvent) -> int:
+    if not (received.id.isascii() and received.id.isdigit() and len(received.id) <= MOST_DIGITS):
+        raise NoService(f"an event of the job has the number {received.id[:100]!r}")
+    return int(received.id)
+
+
 def _event(received: ServerSentEvent) -> Event | None:
     """Return the event; None where a newer service tells of what this client does not know."""
     if received.event not in list(EventKind):
@@ -160,6 +167,6 @@ def _event(received: ServerSentEvent) -> Event | None:
     kind = EventKind(received.event)
     try:
         data = KINDS[kind].model_validate_json(received.data, context=IGNORE_UNKNOWN, extra="ignore")
-        return Event(id=int(received.id), event=kind, data=data)
-    except (ValidationError, ValueError) as error:
+        return Event(id=_number(received), event=kind, data=data)
+    except ValidationError as error:
         raise NoService(f"an event of the job is not as this client knows it: {error}") from error

@@ -65,9 +65,8 @@ class Uploads:
         if about.bytes > most:
             raise ProblemError(Problem.TOO_LARGE, f"the upload has {about.bytes} bytes; {most} are allowed")
         uploads = self.folders.of(tenant)
-        await run_sync(self._require_room, tenant, sha256, about.bytes)
         with ExitStack() as held, _storing(uploads.find, sha256):
-            writer = await run_sync(held.enter_context, uploads.writing(sha256, about, anew=chunk.anew))
+            writer = await run_sync(self._begin, held, tenant, sha256, about, chunk.anew)
             upload = writer.upload
             _require_same(upload, about)
             if upload.complete:
@@ -99,6 +98,13 @@ class Uploads:
         if found is None:
             raise ProblemError(Problem.NOT_FOUND, f"there is no upload {sha256}")
         return found
+
+    def _begin(self, held: ExitStack, tenant: str, sha256: str, about: About, anew: bool) -> Writer:
+        """Return what writes an upload, as long as `held` is open. Raises ProblemError, UploadBusy, OSError."""
+        uploads = self.folders.of(tenant)
+        with uploads.announcing():  # so that no two uploads are both taken for the last room
+            self._require_room(tenant, sha256, about.bytes)
+            return held.enter_context(uploads.writing(sha256, about, anew=anew))
 
     def _require_room(self, tenant: str, sha256: str, total: int) -> None:
         """Raise ProblemError where there is no room for an upload, or for the rest of it."""

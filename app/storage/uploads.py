@@ -141,6 +141,20 @@ class TenantUploads:
         return announced + sum(files.values())
 
     @contextmanager
+    def announcing(self) -> Iterator[None]:
+        """Wait until no other request of the tenant is between a look at the room and an upload that takes some of it.
+
+        Raises OSError when the disk is full, or cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
     def writing(self, sha256: str, about: About, *, anew: bool) -> Iterator["Writer"]:
         """Hold an upload to write to it, and make it if it is new.
 

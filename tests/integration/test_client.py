@@ -344,6 +344,36 @@ def test_other_content_than_announced_gets_no_name(tmp_path: Path) -> None:
     assert (tmp_path / "a.bin").read_bytes() == b"mine"
 
 
+def test_a_body_that_goes_on_beyond_what_was_announced_is_not_written(tmp_path: Path) -> None:
+    written: list[int] = []
+
+    def goes_on(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(ConnectionError):
+            for _ in range(1000):
+                handler.wfile.write(CONTENT)
+                written.append(len(CONTENT))
+        handler.close_connection = True
+
+    with Server(*[lists({"a.bin": CONTENT}), goes_on] * 2) as server:
+        errors = both(lambda client: client.download(JOB_ID, tmp_path), server.url)
+    assert [type(error) for error in errors] == [DownloadFailed] * 2
+    assert len(written) < 1000
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", ["x", "", "1_0", "²", "9" * 5000])
+def test_an_event_whose_number_is_none_is_no_event_of_the_service(number: str) -> None:
+    for event, data in (("status", STATUS % "queued"), ("news", "{}")):
+        content = f"id: {number}\nevent: {event}\ndata: {data}\n\n".encode()
+        with Server(sends(200, content, "text/event-stream")) as server:
+            errors = both(lambda client: client.events(JOB_ID), server.url)
+        assert [type(error) for error in errors] == [NoService] * 2
+        assert "has the number" in str(errors[0])
+        assert len(str(errors[0])) < 500
+
+
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "x/../../a", "", "."])
 def test_no_file_is_written_outside_the_folder(tmp_path: Path, name: str) -> None:
     with Server(lists({name: b"x"})) as server:

@@ -125,10 +125,21 @@ def test_a_refusal_is_the_tools_error_in_the_words_of_the_api(url: str, keys: Ap
     assert called(url, mine, "submit", recipe=recipe) == f"invalid_request: {problem['detail']}"
     assert "examples" in problem["detail"]
     assert called(url, mine, "status", job_id="0" * 28) == f"not_found: there is no job {'0' * 28}"
-    for job_id in ("../keys", "x/../../keys", "", "0" * 27, "%2e%2e/keys"):
+    for job_id in (".", "..", "../keys", "x/../../keys", "", "0" * 27, "%2e%2e/keys"):
         assert called(url, mine, "status", job_id=job_id).startswith("not_found: "), job_id
     assert "wait_seconds" in called(url, mine, "status", job_id="0" * 28, wait_seconds=3600)
     assert "not_found" in called(url, mine, "submit", recipe=tiny_recipe("a", "b"), key="../keys")
+    assert called(url, mine, "submit", recipe=tiny_recipe("a", "b"), key="..") == "not_found: there is no /merge/.."
+
+
+def test_a_recipe_with_what_json_has_not_is_refused_as_everywhere(url: str, keys: ApiKeys) -> None:
+    call = '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"%s","arguments":{"recipe":{"name":NaN}}}}'
+    with httpx.Client(base_url=url, headers={**ACCEPT, "Authorization": f"Bearer {key(keys)}"}) as http:
+        for tool in ("submit", "validate"):
+            headers = {"Content-Type": "application/json", "MCP-Protocol-Version": "2025-06-18"}
+            answer = http.post("/mcp", content=call % tool, headers=headers).json()["result"]
+            assert answer["isError"]
+            assert answer["content"][0]["text"].startswith(f"Error executing tool {tool}: malformed: ")
 
 
 def test_keys_scopes_and_tenants_hold_for_tools(url: str, keys: ApiKeys) -> None:

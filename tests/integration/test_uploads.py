@@ -3,7 +3,9 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -216,6 +218,21 @@ def test_an_upload_may_not_grow_beyond_what_its_tenant_may_store(api: TestClient
     assert limited.delete(f"/uploads/{digest(large)}").status_code == 204
     assert put(limited, large[:-1]).status_code == 201
     assert_problem(put(limited, ROWS), 413, "storage_full")
+
+
+def test_uploads_that_are_announced_at_once_do_not_pass_the_limit_together(api: TestClient, settings: Settings) -> None:
+    app = create_app(settings.model_copy(update={"max_stored_bytes": 100_000}))
+    contents = [bytes([65 + index]) for index in range(8)]
+    together = Barrier(len(contents))
+
+    def announced(of: bytes) -> int:
+        one = TestClient(app, BASE_URL, client=HERE)
+        together.wait()
+        return put(one, b"", of=of, range_="bytes */60000").status_code
+
+    with ThreadPoolExecutor(len(contents)) as threads:
+        statuses = sorted(threads.map(announced, contents))
+    assert statuses == [202] + [413] * (len(contents) - 1)
 
 
 def test_other_tenants_uploads_do_not_exist(api: TestClient, redis: Redis, settings: Settings) -> None:
