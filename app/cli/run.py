@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from app.services.composition import Services
     from app.supervisor import Supervisor
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TICK_S = 0.1
 MOST_FAILURES = 3  # a worker that ends so often as it starts lacks something
 
@@ -72,12 +72,14 @@ def run(
 
 @contextmanager
 def _interruptible() -> Iterator[Event]:
-    """Yield an event that is set by Ctrl-C or SIGTERM, however often they come, so that all is tidied up.
+    """Yield an event that is set by Ctrl-C, SIGTERM or the terminal's end, however often, so that all is tidied up.
 
     An exception in a signal's handler may be raised anywhere, also where a library passes over it.
     """
     interrupted = Event()
     before = {number: signal.signal(number, lambda *_: interrupted.set()) for number in ENDING}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # as `nohup` wants it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield interrupted
     finally:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from app.cli.run import _interruptible
 from tests.conftest import HANGS_S, REPOSITORY, tiny_recipe, wait_until
 
 MERGEKIT = """
@@ -96,6 +97,18 @@ def test_an_interrupted_one_leaves_nothing_behind(place: Path, number: signal.Si
     assert errors == "maskmerge: interrupted; nothing is left of the job\n"
     assert names(place) == {"linked", "recipe.json"}
     assert [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.parametrize(("before", "is_told"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_terminal_that_closes_ends_it_but_not_under_nohup(before: signal.Handlers, is_told: bool) -> None:
+    kept = signal.signal(signal.SIGHUP, before)
+    try:
+        with _interruptible() as interrupted:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupted.is_set() == is_told
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, kept)
 
 
 def engine_of(pid: int) -> list[psutil.Process]:
