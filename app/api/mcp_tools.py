@@ -87,8 +87,7 @@ async def submit(recipe: Recipe, ctx: Ctx, key: Key = None) -> dict[str, Any]:
 @tools.tool(annotations=reading)
 async def status(job_id: JobId, ctx: Ctx, wait_seconds: Wait = 0) -> dict[str, Any]:
     """Tell how far a job is. It has ended when its status is succeeded, failed or cancelled."""
-    prefer = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
-    return _state(await _asked(ctx, "GET", _job(job_id), **prefer))
+    return _state(await _asked(ctx, "GET", _job(job_id), wait_seconds=wait_seconds))
 
 
 @tools.tool(annotations=ToolAnnotations(read_only_hint=False, destructive_hint=True, idempotent_hint=True))
@@ -128,12 +127,13 @@ def _state(job: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _asked(
-    ctx: Ctx, method: str, path: str, recipe: dict[str, Any] | None = None, **headers: str
+    ctx: Ctx, method: str, path: str, recipe: dict[str, Any] | None = None, wait_seconds: int = 0
 ) -> dict[str, Any]:
     """Send the API a request with the key and from the address of who called the tool. Raises ToolError: refused."""
     sent = ctx.request_context.request
     if sent is None:
         raise RuntimeError("a tool was called without a request")
+    headers = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
     content = None
     if recipe is not None:  # `json` of httpx raises for what JSON has not, such as NaN, which is for the API to refuse
         content, headers["Content-Type"] = json.dumps(recipe), "application/json"

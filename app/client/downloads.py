@@ -70,6 +70,8 @@ def _fetch(file: FileEntry, path: Path, tell: Callable[[int], None]) -> Steps:
 
     What a cut leaves under that name is gone on with, now or by a later download.
     """
+    if not file.href.startswith("/"):  # the API key is for this service alone
+        raise DownloadFailed(f"{file.name} is said to be at {file.href[:200]!r}, which is no path of the service")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{file.sha256[:16]}.partial")
     with unfinished.open("a+b") as stream:

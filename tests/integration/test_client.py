@@ -363,6 +363,16 @@ def test_a_body_that_goes_on_beyond_what_was_announced_is_not_written(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_another_host_is_not_asked_for_with_the_key(tmp_path: Path) -> None:
+    with Server(sends(200, CONTENT)) as other:
+        entry = {"name": "a", "bytes": 1, "sha256": sha256(b"x"), "media_type": "", "href": f"{other.url}/a"}
+        with Server(sends(200, {"files": [entry], "archive": "/archive"})) as server:
+            errors = both(lambda client: client.download(JOB_ID, tmp_path), server.url, api_key="mm_mine")
+        assert [type(error) for error in errors] == [DownloadFailed] * 2
+        assert "no path of the service" in str(errors[0])
+        assert other.asked == []
+
+
 @pytest.mark.parametrize("number", ["x", "", "1_0", "²", "9" * 5000])
 def test_an_event_whose_number_is_none_is_no_event_of_the_service(number: str) -> None:
     for event, data in (("status", STATUS % "queued"), ("news", "{}")):
