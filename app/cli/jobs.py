@@ -9,7 +9,7 @@ import typer
 
 from app.cli.exits import Exit, Stop, interruptible, outcome
 from app.cli.options import URL, JobId, Json, LocalRoots, Output, Recipe, Url, connected
-from app.cli.printing import minute, print_json, print_table
+from app.cli.printing import minute, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from app.client import Client, Job, JobSummary
@@ -222,7 +222,7 @@ def _print_job(job: "Job", as_json: bool) -> None:
         print_json(job)
         return
     print(f"job {job.id}")
-    name = f" ({job.name})" if job.name else ""
+    name = f" ({printable(job.name)})" if job.name else ""
     print(f"{job.kind}{name}, made {minute(job.created_at)}: {job.status}, attempt {job.attempt}")
     if not job.status.is_final and job.progress.total:
         print(_progress(job))

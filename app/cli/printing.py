@@ -16,10 +16,15 @@ def print_json(value: "BaseModel | dict[str, Any]") -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print columns with two spaces between them."""
-    lines = [tuple(columns), *map(tuple, rows)]
+    lines = [tuple(columns), *(tuple(map(printable, row)) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     for line in lines:
         print("  ".join(f"{text:<{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with escapes in place of what would be a command to a terminal."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def minute(time: datetime) -> str:
