@@ -105,6 +105,11 @@ def test_a_key_with_another_secret_a_revoked_and_an_expired_one_are_refused(keys
     assert [key.revoked_at is not None for key in keys.all()] == [True, False, False]
 
 
+def test_keys_are_listed_in_the_order_in_which_they_were_made(keys: ApiKeys) -> None:
+    made = [keys.create(NewKey()).id for _ in range(20)]
+    assert [key.id for key in keys.all()] == made
+
+
 def test_without_keys_this_machine_alone_is_answered(api: TestClient, settings: Settings, keys: ApiKeys) -> None:
     response = api.get("/jobs")
     assert_problem(response, 401, "unauthenticated")
