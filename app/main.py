@@ -63,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
             repeater.stop()
         await services.watcher.close()
         app.state.tracer.close()
+        services.close()
 
     app = Api(
         title="maskmerge",

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from redis import Redis
+
 from app.contracts.limits import TenantLimits
 from app.contracts.settings import Settings
 from app.services.deliverer import Deliverer
@@ -50,6 +52,13 @@ class Services:
     deliverer: Deliverer
     rates: Rates
     limits: TenantLimits
+    connections: tuple[Redis, ...]
+    """Clients of Redis, which whoever made the services closes after all else."""
+
+    def close(self) -> None:
+        """Close the connections to Redis that block; the watcher closes its own."""
+        for redis in self.connections:
+            redis.close()
 
 
 def compose(settings: Settings) -> Services:
@@ -72,7 +81,8 @@ def compose(settings: Settings) -> Services:
         retention_seconds=settings.job_retention,
         limits=settings.limits,
     )
-    queue = TaskQueue(connect_for_dispatching(url), settings.queue, store)
+    dispatching = connect_for_dispatching(url)
+    queue = TaskQueue(dispatching, settings.queue, store)
     artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
     artifacts.prepare()
     upgrade_folder(settings.data_dir)
@@ -117,4 +127,5 @@ def compose(settings: Settings) -> Services:
         deliverer=Deliverer(store, secrets, sender, settings.webhook_seconds),
         rates=Rates(redis, settings.prefix),
         limits=settings.limits,
+        connections=(redis, dispatching),
     )
