@@ -52,13 +52,17 @@ class Server(uvicorn.Server):
     def __init__(self, settings: Settings) -> None:
         certificate = Certificate.of(settings)
         app = create_app(settings)
-        self._upgrade = app.state.services.upgrade
-        with suppress(RedisError):  # while Redis is away, so is the answer to who has a key
-            self._upgrade.run()
-            if self._upgrade.refused is not None:
-                raise self._upgrade.refused
-            app.state.services.api_keys.require(settings)
-        self._watcher = app.state.services.watcher
+        services = app.state.services
+        self._upgrade = services.upgrade
+        try:
+            with suppress(RedisError):  # while Redis is away, so is the answer to who has a key
+                self._upgrade.run()
+                if self._upgrade.refused is not None:
+                    raise self._upgrade.refused
+                services.api_keys.require(settings)
+        finally:
+            services.close()  # a server that does not run holds no connection; one that runs opens others
+        self._watcher = services.watcher
         self._certificate = certificate
         allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         if allowed < FILES:
