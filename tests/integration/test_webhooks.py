@@ -25,6 +25,7 @@ from app.services.deliverer import MOST_PER_RECEIVER, RETRY_FOR_MS, SETTLING_S, 
 from app.services.webhook_sender import Sender
 from app.storage.deliveries import ATTEMPTS_KEPT
 from app.storage.jobs import JobStore
+from app.storage.keys import Keys
 from app.storage.records import Deleted, NewJob
 from app.storage.scripts import DELIVERIES_KEPT
 from app.storage.signing_secrets import MOST_SECRETS, SigningSecrets, TooManySecrets
@@ -468,6 +469,22 @@ def test_the_log_is_bounded_and_what_waits_stays(
     assert len(numbers) == DELIVERIES_KEPT
     assert numbers[-1] == first.n
     assert numbers[0] == DELIVERIES_KEPT + 21
+
+
+def test_of_deliveries_that_wait_too_there_is_a_limit_and_the_log_tells_what_was_dropped(
+    store: JobStore, redis: Redis, secret: str
+) -> None:
+    more = 5
+    with receiving() as receiver:
+        task = new_job(store, receiver.url, "job.cancelled")
+        for _ in range(DELIVERIES_KEPT + more):
+            assert store.records.cancel(task.job) is Status.CANCELLED
+            assert store.records.retry(task.job)
+        numbers = [one.n for one in store.deliveries.log(task.job).data]
+    assert numbers == list(range(DELIVERIES_KEPT + more, more, -1))
+    events = [entry for _, entry in redis.xrange(Keys("hooks").events(task.job))]
+    logged = [event["message"] for event in events if event.get("code") == "delivery_dropped"]
+    assert [message.split(" ")[1] for message in logged] == [str(n) for n in range(1, more + 1)]
 
 
 def test_deliveries_are_removed_with_their_job(

@@ -114,9 +114,12 @@ local function tell(event)
   send_at(n, now)
   if event == 'job.progress' then redis.call('HSET', job, 'progress_told_ms', now, 'progress_delivery', n) end
   if redis.call('ZCARD', deliveries) <= DELIVERIES_KEPT then return end
-  for _, oldest in ipairs(redis.call('ZRANGE', deliveries, 0, -1)) do
+  local kept = redis.call('ZRANGE', deliveries, 0, -1)
+  for _, oldest in ipairs(kept) do
     if redis.call('HGET', deliveries .. ':' .. oldest, 'state') ~= 'pending' then return forget_delivery(oldest) end
   end
+  forget_delivery(kept[1])
+  news.log('delivery_dropped', 'delivery ' .. kept[1] .. ' was dropped: ' .. DELIVERIES_KEPT .. ' newer ones wait')
 end
 
 -- Tells the job's webhook nothing more, since its receiver is gone for good.
