@@ -19,6 +19,7 @@ from app.contracts.api_keys import Scope
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.events import Event, LogEntry
 from app.contracts.jobs import Progress
+from app.contracts.printable import printable
 
 KEY_HOLDS_S = 10.0  # an event later than this is sent only if the reader's key is still valid
 
@@ -101,6 +102,5 @@ def _line(event: Event) -> str:
         text = f"{data.code}: {data.message}"
     else:
         text = data.status if data.error is None else f"{data.status}: {data.error.code}: {data.error.message}"
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     time = data.at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return f"{time} attempt {data.attempt} {shown}"
+    return f"{time} attempt {data.attempt} {printable(text)}"

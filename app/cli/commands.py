@@ -9,6 +9,7 @@ import typer
 
 from app.cli import catalog, jobs, keys, run, service
 from app.cli.exits import Exit, explained
+from app.contracts.printable import printable
 
 app = typer.Typer(
     help="Merge fine-tuned models: run the service, use one that runs, or merge on this machine without one.",
@@ -64,6 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop = explained(error)
         if stop is None:
             raise
-        print(f"maskmerge: {stop}", file=sys.stderr)
+        print(f"maskmerge: {printable(str(stop))}", file=sys.stderr)
         return stop.status
     return Exit.OK

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from app.contracts.printable import printable
+
 if TYPE_CHECKING:
     from app.client import Event, Job, MergeResult
 
@@ -33,13 +35,13 @@ def tell(job: "Job", out: TextIO) -> None:
     from app.client import MergeResult
 
     if job.error is not None:
-        print(f"maskmerge: {job.error.code}: {job.error.message}", file=sys.stderr)
+        print(f"maskmerge: {job.error.code}: {printable(job.error.message)}", file=sys.stderr)
     if job.result is not None:
         for note in job.result.notes:
-            print(f"note: {note}", file=out)
+            print(f"note: {printable(note)}", file=out)
         if isinstance(job.result, MergeResult):
             for line in _choice(job.result):
-                print(line, file=out)
+                print(printable(line), file=out)
 
 
 class _Lines:
@@ -62,7 +64,7 @@ class _Lines:
         if isinstance(told, StatusChange):
             self._print(told.status)
         elif isinstance(told, LogEntry):
-            self._print(told.message)
+            self._print(printable(told.message))
         elif told.total:
             tenth = (told.phase, 10 * told.done // told.total)
             if tenth != self._shown:
@@ -100,7 +102,7 @@ class _Bars:
                 self._finish()
             self._progress.console.print(told.status, markup=False, highlight=False)
         elif isinstance(told, LogEntry):
-            self._progress.console.print(told.message, markup=False, highlight=False, soft_wrap=True)
+            self._progress.console.print(printable(told.message), markup=False, highlight=False, soft_wrap=True)
         elif told.phase not in ("queued", "done"):
             if told.phase not in self._tasks:
                 self._finish()

@@ -9,7 +9,8 @@ import typer
 
 from app.cli.exits import Exit, Stop, interruptible, outcome
 from app.cli.options import URL, JobId, Json, LocalRoots, Output, Recipe, Url, connected
-from app.cli.printing import minute, print_json, print_table, printable
+from app.cli.printing import minute, print_json, print_table
+from app.contracts.printable import printable
 
 if TYPE_CHECKING:
     from app.client import Client, Job, JobSummary
@@ -129,7 +130,10 @@ def logs(job: JobId, url: Url = URL, as_json: Json = False) -> None:
             if as_json:
                 print_json(entry)
             else:
-                print(f"{entry.at:%Y-%m-%d %H:%M:%S} attempt {entry.attempt} {entry.code}: {entry.message}", flush=True)
+                print(
+                    f"{entry.at:%Y-%m-%d %H:%M:%S} attempt {entry.attempt} {entry.code}: {printable(entry.message)}",
+                    flush=True,
+                )
 
 
 def cancel(job: JobId, url: Url = URL, as_json: Json = False) -> None:
@@ -227,7 +231,7 @@ def _print_job(job: "Job", as_json: bool) -> None:
     if not job.status.is_final and job.progress.total:
         print(_progress(job))
     if job.error is not None:
-        print(f"{job.error.code}: {job.error.message}")
+        print(f"{job.error.code}: {printable(job.error.message)}")
 
 
 def _progress(job: "Job | JobSummary") -> str:

@@ -72,6 +72,21 @@ def test_the_exit_status_says_how_a_job_ended(
     assert json.loads(capsys.readouterr().out)["status"] == changed["status"]
 
 
+def test_what_a_service_says_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    hostile, shown = "8 GB \x1b[2J\nare needed", "8 GB \\x1b[2J\\nare needed"
+    changed, status = ENDED["failed"]
+    failed = {**changed, "error": {**changed["error"], "message": hostile}}
+    with Server(*ends(failed)) as server:
+        assert main(["wait", JOB_ID, "--url", server.url]) == status
+    assert capsys.readouterr().err == f"maskmerge: out_of_memory: {shown}\n"
+    with Server(sends(200, job_body(**failed))) as server:
+        assert main(["status", JOB_ID, "--url", server.url]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"out_of_memory: {shown}"
+    with Server(refuses(409, "conflict", hostile)) as server:
+        assert main(["cancel", JOB_ID, "--url", server.url]) == 1
+    assert shown in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
