@@ -17,6 +17,7 @@ from app.contracts.jobs import Job, JobSummary, Progress, Status
 from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
+from app.contracts.webhooks import CreatedSecret, Delivery, DeliveryState, ReceiverTestOutcome
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, MetricResult, ScoreResult
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ __all__ = [
     "Client",
     "ClientError",
     "CreatedKey",
+    "CreatedSecret",
+    "Delivery",
+    "DeliveryState",
     "DownloadFailed",
     "Event",
     "EventKind",
@@ -46,6 +50,7 @@ __all__ = [
     "NoService",
     "Plan",
     "Progress",
+    "ReceiverTestOutcome",
     "Refused",
     "Scope",
     "ScoreRequest",

@@ -25,6 +25,7 @@ from app.contracts.jobs import Job, JobSummary
 from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
+from app.contracts.webhooks import CreatedSecret, Delivery, ReceiverTestOutcome
 
 Answer = TypeVar("Answer")
 
@@ -132,6 +133,18 @@ class AsyncClient:
 
     async def revoke_key(self, key_id: str) -> None:
         await self._send(calls.revoke_key(key_id))
+
+    async def deliveries(self, job_id: str) -> list[Delivery]:
+        return await self._send(calls.deliveries(job_id))
+
+    async def redeliver(self, job_id: str, n: int) -> Delivery:
+        return await self._send(calls.redeliver(job_id, n))
+
+    async def rotate_webhook_secret(self, overlap_seconds: int | None = None) -> CreatedSecret:
+        return await self._send(calls.rotate_webhook_secret(overlap_seconds))
+
+    async def test_webhook(self, url: str) -> ReceiverTestOutcome:
+        return await self._send(calls.test_webhook(url))
 
     async def _send(self, call: Call[Answer], *, is_repeatable: bool = True) -> Answer:
         with transport.translated():

@@ -23,6 +23,7 @@ from app.contracts.jobs import Job, JobSummary
 from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
+from app.contracts.webhooks import CreatedSecret, Delivery, ReceiverTestOutcome
 
 Answer = TypeVar("Answer")
 
@@ -204,6 +205,26 @@ class Client:
     def revoke_key(self, key_id: str) -> None:
         """Refuse a key from now on."""
         self._send(calls.revoke_key(key_id))
+
+    def deliveries(self, job_id: str) -> list[Delivery]:
+        """Return what the job's webhook was told and is to be told, newest first."""
+        return self._send(calls.deliveries(job_id))
+
+    def redeliver(self, job_id: str, n: int) -> Delivery:
+        """Send a delivery to the job's webhook again, from now on."""
+        return self._send(calls.redeliver(job_id, n))
+
+    def rotate_webhook_secret(self, overlap_seconds: int | None = None) -> CreatedSecret:
+        """Make the secret that signs what your webhooks are told, or a new one. It is in the answer alone.
+
+        Args:
+            overlap_seconds: time for which a former secret signs too; a day when None.
+        """
+        return self._send(calls.rotate_webhook_secret(overlap_seconds))
+
+    def test_webhook(self, url: str) -> ReceiverTestOutcome:
+        """Send the event `webhook.test` to a receiver, once, and return how it went."""
+        return self._send(calls.test_webhook(url))
 
     def _send(self, call: Call[Answer], *, is_repeatable: bool = True) -> Answer:
         with transport.translated():

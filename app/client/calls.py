@@ -18,6 +18,7 @@ from app.contracts.methods import MethodDescription, MethodList
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresPage
 from app.contracts.uploads import Kind, UploadStatus
+from app.contracts.webhooks import CreatedSecret, Delivery, DeliveryLog, NewSecret, ReceiverTestOutcome
 from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 
 Answer = TypeVar("Answer")
@@ -144,6 +145,27 @@ def create_key(new: NewKey) -> Call[CreatedKey]:
 
 def revoke_key(key_id: str) -> Call[None]:
     return Call("DELETE", f"/keys/{_part(key_id)}", _nothing)
+
+
+def deliveries(job_id: str) -> Call[list[Delivery]]:
+    return Call("GET", f"/jobs/{_part(job_id)}/deliveries", lambda response: _model(DeliveryLog)(response).data)
+
+
+def redeliver(job_id: str, n: int) -> Call[Delivery]:
+    return Call("POST", f"/jobs/{_part(job_id)}/deliveries/{n}/redeliver", _model(Delivery))
+
+
+def rotate_webhook_secret(overlap_seconds: int | None) -> Call[CreatedSecret]:
+    new = NewSecret() if overlap_seconds is None else NewSecret(overlap_seconds=overlap_seconds)
+    content, media_type = body(new)
+    answer = _model(CreatedSecret)
+    return Call("POST", "/webhooks/secret", answer, headers={"Content-Type": media_type}, content=content)
+
+
+def test_webhook(url: str) -> Call[ReceiverTestOutcome]:
+    content, media_type = body({"url": url})
+    answer = _model(ReceiverTestOutcome)
+    return Call("POST", "/webhooks/test", answer, headers={"Content-Type": media_type}, content=content)
 
 
 def upload(sha256: str) -> Call[UploadStatus]:
