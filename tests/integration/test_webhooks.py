@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from redis import Redis
@@ -482,8 +482,8 @@ def test_of_deliveries_that_wait_too_there_is_a_limit_and_the_log_tells_what_was
             assert store.records.retry(task.job)
         numbers = [one.n for one in store.deliveries.log(task.job).data]
     assert numbers == list(range(DELIVERIES_KEPT + more, more, -1))
-    events = [entry for _, entry in redis.xrange(Keys("hooks").events(task.job))]
-    logged = [event["message"] for event in events if event.get("code") == "delivery_dropped"]
+    found = cast(list[tuple[str, dict[str, str]]], redis.xrange(Keys("hooks").events(task.job)))
+    logged = [event["message"] for _, event in found if event.get("code") == "delivery_dropped"]
     assert [message.split(" ")[1] for message in logged] == [str(n) for n in range(1, more + 1)]
 
 
