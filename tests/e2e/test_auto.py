@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app.contracts.jobs import PhaseName
-from tests.conftest import REPOSITORY, Service, assert_problem, make_service, tiny_recipe, wait_until
+from tests.conftest import REPOSITORY, Service, as_recipe, assert_problem, make_service, tiny_recipe, wait_until
 from tests.tiny import tiny_checkpoint, write_lines, write_rows
 from tests.tiny_families import TINY_FAMILIES
 
@@ -137,7 +137,7 @@ def events(service: Service, job_id: str, kind: str) -> list[dict[str, Any]]:
 
 def test_the_recipe_of_the_artifact_posted_again_gives_the_same(service: Service, found: Job) -> None:
     recipe = recipe_of(service, found["id"])
-    assert recipe == found["request"]
+    assert recipe == as_recipe(found["request"])
     assert recipe["method"]["candidates"] == [c if isinstance(c, dict) else {"name": c} for c in CANDIDATES]
     again = succeeded(service, service.submit(recipe))
     assert outcome(again) == outcome(found)

@@ -19,7 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from tests.conftest import Service, assert_problem, free_port, keeps_within, make_service, tiny_recipe, wait_until
+from tests.conftest import (
+    Service,
+    as_recipe,
+    assert_problem,
+    free_port,
+    keeps_within,
+    make_service,
+    tiny_recipe,
+    wait_until,
+)
 from tests.hub import Hub
 from tests.tiny import edit_json, read_model, tiny_base, tiny_checkpoint, tiny_texts, write_lines
 from tests.tiny_adapters import merged_by_peft, tiny_adapter
@@ -243,7 +252,7 @@ def test_models_and_data_sets_of_the_hub_are_merged_at_the_commit_of_the_request
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(service.get(f"{job['links']['artifacts']}/{name}").content)
-    assert json.loads((tmp_path / "recipe.json").read_text()) == job["request"]
+    assert json.loads((tmp_path / "recipe.json").read_text()) == as_recipe(job["request"])
     card = (tmp_path / "README.md").read_text()
     assert "base_model:\n- org/a\n- org/b\nbase_model_relation: merge\n" in card
     assert all(" ".join(note.split()) in html.unescape(card) for note in job["result"]["notes"])
