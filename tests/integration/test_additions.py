@@ -242,7 +242,9 @@ def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
             finally:
                 services.inspectors.close()
 
-        assert asyncio.run(check()).states.keys() == {f"job:{attempt.task.job}/a"}
+        accepted = asyncio.run(check())
+        assert accepted.plan.tensors > 0
+        assert accepted.states == {}  # an artifact never changes
         """,
     )
 
