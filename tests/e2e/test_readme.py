@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-TIMEOUT_S = 1000  # two trainings, two merges and two services, beside other tests: minutes on two cores
+TIMEOUT_S = 1400  # two trainings, two merges and two services, beside other tests: twenty minutes on two cores without AVX-512
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 MARK = "@@@ "
 
