@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-TIMEOUT_S = 1400  # two trainings, two merges and two services, beside other tests: twenty minutes on two cores without AVX-512
+TIMEOUT_S = 1400  # two trainings, two merges, two services, beside other tests: twenty minutes where AVX-512 is missing
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 MARK = "@@@ "
 
