@@ -15,7 +15,7 @@ class Answer:
     headers: Mapping[str, str]
     body: bytes
     seconds: float
-    """From the first byte that was sent to the last that was read."""
+    """Seconds from the first byte that was sent to the last that was read."""
 
 
 class Connection:

@@ -1,4 +1,4 @@
-"""Which addresses of the internet a webhook may be sent to: those of public machines alone."""
+"""Decides which addresses of the internet a webhook may be sent to: those of public machines alone."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 

@@ -15,7 +15,7 @@ class FileEntry(BaseModel):
     media_type: str
     """Media type that it is sent with."""
     href: str
-    """Where to download it."""
+    """Path at which it is downloaded."""
 
 
 class Listing(BaseModel):
@@ -24,4 +24,4 @@ class Listing(BaseModel):
     files: list[FileEntry]
     """All files of the artifact."""
     archive: str
-    """Where to download all of them as one tar."""
+    """Path at which all of them are downloaded as one tar."""

@@ -54,7 +54,7 @@ class OverLimit(Exception):
 
 
 class QueueFull(OverLimit):
-    """As many of the tenant's jobs wait as may."""
+    """The tenant has as many waiting jobs as it may have."""
 
     def __init__(self, limit: int, used: int) -> None:
         super().__init__(f"{used} of the tenant's jobs wait, and {limit} may", limit, used)

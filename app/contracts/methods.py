@@ -26,7 +26,7 @@ class MethodDescription(BaseModel):
     formula: str
     """The method in one line."""
     source: str
-    """Where it was published."""
+    """Paper or program in which it was published."""
     needs: list[str]
     """What a request must have besides checkpoints: `dataset`, `base`, `evaluation`."""
     models: ModelCount

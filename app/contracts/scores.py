@@ -43,7 +43,7 @@ class ScoresEntry(BaseModel):
     used_at: AwareDatetime
     """Time at which a job last used it. The statistics that were used longest ago make room for others."""
     href: str
-    """Where to download it."""
+    """Path at which it is downloaded."""
 
 
 class ScoresPage(BaseModel):

@@ -54,7 +54,7 @@ class JobWebhook(BaseModel):
     progress_ms: int
     """Least time between two events of progress."""
     signer: str
-    """Whose secret signs; see `signer_of`."""
+    """Holder of the secret that signs; see `signer_of`."""
     receiver: str
     """Host and port, among which deliveries take turns."""
 
@@ -145,7 +145,7 @@ class CreatedSecret(BaseModel):
     secret: str
     """The secret, `whsec_…`, with which receivers verify signatures. It is told this once."""
     signer: str
-    """Whose deliveries it signs: the id of an API key, or `default` for callers without one."""
+    """Holder of the secret: the id of an API key, or `default` for callers without one."""
     former_until: AwareDatetime | None
     """Time until which the former secret signs too; null where there is none."""
 

@@ -25,9 +25,7 @@ FOLDER = Path(__file__).parent / "lua"
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # an hour after the job's end; its other events stay as long as its record
 TURN_EVERY = 4  # every fourth start goes by turns alone, so that priorities delay other tenants and never stop them
-DELIVERIES_KEPT = (
-    100  # a job's newest deliveries to its webhook, 300 kB; those that were made go before those that wait
-)
+DELIVERIES_KEPT = 100  # a job's newest deliveries to its webhook, 300 kB; those that wait are dropped last
 SUMMARY_FIELDS = (
     "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
     "progress", "error", "labels", "summary", "result",

@@ -19,7 +19,7 @@ MOST_SECRETS = 5  # each adds 47 bytes to the header webhook-signature
 
 
 class TooManySecrets(Exception):
-    """As many secrets as may sign at once do."""
+    """The holder has as many signing secrets as it may have at once."""
 
 
 class SigningSecrets:

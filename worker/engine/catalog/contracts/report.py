@@ -252,7 +252,7 @@ class Stopping(Strict):
 
 class Timings(Strict):
     queue_seconds: float = 0.0
-    """From acceptance to the start of the first attempt."""
+    """Seconds from acceptance to the start of the first attempt."""
     load_seconds: float = 0.0
     """Reading and checking checkpoints and rows."""
     score_seconds: float = 0.0
@@ -321,7 +321,7 @@ class ScoresFile(Strict):
     digest: str
     """Digest of everything that the statistic follows from, as `GET /scores` lists it."""
     href: str
-    """Where to download it."""
+    """Path at which it is downloaded."""
     bytes: int
     """Size of its files."""
 
