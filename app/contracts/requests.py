@@ -21,6 +21,7 @@ from app.contracts.suitability import (
     slice_problems,
     unmeasured,
     unread_statistics,
+    unused_measuring,
 )
 from app.contracts.webhooks import Webhook
 from worker.engine.catalog.contracts.spec import Acceptance
@@ -181,6 +182,9 @@ class MergeRequest(JobRequest[ModelRequest]):
     @model_validator(mode="after")
     def _statistics_suit_the_method(self) -> Self:
         refuse(type(self), (e for i, model in enumerate(self.models) for e in unread_statistics(self.method, i, model)))
+        if self.method.search is None:
+            [method] = self.method.methods
+            refuse(type(self), unused_measuring(method, self.models))
         return self
 
     @model_validator(mode="after")

@@ -67,6 +67,8 @@ def field_of(location: Sequence[object]) -> str:
         parts.pop(1)
     if len(parts) > 3 and parts[:2] == ["method", "candidates"]:
         parts.pop(3)
+    if parts[:1] == ["method"] and "start" in parts[:-1]:
+        parts.pop(parts.index("start") + 1)
     return ".".join(parts)
 
 

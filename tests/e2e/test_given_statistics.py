@@ -37,7 +37,8 @@ def information(tiny_inputs: Path) -> dict[str, Tensors]:
 
 def recipe(*without_rows: str, **changes: Any) -> Recipe:
     """A merge of a and b by Fisher information, of which files have that of those `without_rows`."""
-    found = {**tiny_recipe("a", "b", name="fisher", examples=16), "evaluate": False, **changes}
+    measuring = {} if {"a", "b"} <= {*without_rows} else {"examples": 16}
+    found = {**tiny_recipe("a", "b", name="fisher", **measuring), "evaluate": False, **changes}
     for model in found["models"]:
         if model["name"] in without_rows:
             del model["dataset"]

@@ -209,6 +209,21 @@ def test_rows_that_no_head_is_aligned_on_are_refused(method: dict[str, Any]) -> 
         assert MergeRequest.model_validate(by_default).output.alignment_rows == 64
 
 
+GIVEN = {"statistics": {"fisher": "local:squares.safetensors"}}
+
+
+def test_how_to_measure_is_not_said_of_models_whose_statistics_files_have() -> None:
+    fisher = {"name": "fisher", "estimator": "sampled", "seed": 3, "examples": 64}
+    given = [model("a", **GIVEN), model("b", **GIVEN)]
+    said = refusals({"method": fisher, "models": given})
+    assert set(said) == {"method.estimator", "method.seed", "method.examples"}
+    assert all("files have the statistics of all of them; leave it out" in why for why in said.values())
+    MergeRequest.model_validate({"method": fisher, "models": [given[0], model("b")]})
+    started = {"name": "aligned_regmean", "start": {"name": "fisher", "estimator": "expected"}, "examples": 64}
+    said = refusals({"method": started, "models": given})
+    assert set(said) == {"method.start.estimator"}
+
+
 @pytest.mark.parametrize(("rows", "says"), [(15, "equal to 16"), (100_001, "equal to 100000"), ("64", "valid integer")])
 def test_a_head_is_aligned_on_a_number_of_rows_that_suffices_and_can_be_held(rows: Any, says: str) -> None:
     asked = {"method": {"name": "average"}, "models": [model("a")], "output": {"alignment_rows": rows}}

@@ -294,6 +294,9 @@ def cancels(weights: Sequence[float]) -> bool:
 class MeasuringParameters(MethodParameters):
     """Parameters of methods that measure every model on its rows."""
 
+    measuring: ClassVar[tuple[str, ...]] = ("examples",)
+    """Names of the parameters that say how models are measured, and have no effect where none is."""
+
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
     """Number of rows of each data set that are measured."""
 
@@ -310,6 +313,8 @@ class MeasuringParameters(MethodParameters):
 
 class GradientParameters(MeasuringParameters):
     """Parameters of methods that measure Fisher information."""
+
+    measuring: ClassVar[tuple[str, ...]] = (*MeasuringParameters.measuring, "estimator", "seed")
 
     estimator: Literal["auto", "expected", "sampled", "empirical"] = "auto"
     """Label whose log-likelihood is differentiated. `auto`: `expected` for up to 8 labels, else `sampled`."""
@@ -333,6 +338,8 @@ class GradientParameters(MeasuringParameters):
 
 class ScoringParameters(GradientParameters):
     """Parameters of methods that weight slices by the scores of mask nodes."""
+
+    measuring: ClassVar[tuple[str, ...]] = (*GradientParameters.measuring, "tolerance", "batch_tokens")
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 2048
     """Number of rows of each data set that are scored; `auto` stops when the merge weights are known to `tolerance`."""
