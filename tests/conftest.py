@@ -49,9 +49,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of the tests' own."""
+    """A Redis server of the tests' own. It waits for no disk: what survives a kill is tested on servers of their own."""
     server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    process = subprocess.Popen(server.command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*server.command, "--appendonly", "no"], stdout=subprocess.DEVNULL)
     with Redis.from_url(server.url) as client:
         wait_until(lambda: _answers(client), "Redis to answer")
     yield server.url

@@ -6,7 +6,7 @@ is sent at least once, however many deliverers there are.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -119,31 +119,44 @@ class Deliveries:
 
     def get(self, job_id: str, n: int) -> Delivery | None:
         """Return a delivery and its attempts; None where there is no such delivery."""
-        name = self._name(job_id, n)
-        with self._redis.pipeline() as reads:
-            reads.hmget(name, ["event", "state", "created_ms", "receiver"])
-            reads.lrange(f"{name}:attempts", 0, -1)
-            (event, state, created_ms, receiver), attempts = reads.execute()
-        if event is None:
-            return None
-        due = self._redis.zscore(f"{self._keys.receivers}:{receiver}", name)
-        return Delivery(
-            n=n,
-            id=message_id(job_id, n),
-            event=WebhookEvent(event),
-            state=DeliveryState(state),
-            created_at=_time(int(created_ms)),
-            next_attempt_at=None if due is None else _time(int(float(cast(str, due)))),
-            attempts=[DeliveryAttempt.model_validate_json(attempt) for attempt in attempts],
-        )
+        found = self._log(job_id, [n]).data
+        return found[0] if found else None
 
     def log(self, job_id: str) -> DeliveryLog:
         """Return the deliveries of a job, newest first."""
         numbers = cast(list[str], self._redis.zrange(self._keys.deliveries(job_id), 0, -1, desc=True))
-        gone_ms = self._redis.hget(self._keys.record(job_id), "webhook_gone_ms")
-        found = [self.get(job_id, int(n)) for n in numbers]
+        return self._log(job_id, [int(n) for n in numbers])
+
+    def _log(self, job_id: str, numbers: Sequence[int]) -> DeliveryLog:
+        """Return those of the deliveries that there are, all as they are at one moment."""
+        record = self._keys.record(job_id)
+        webhook = cast(str | None, self._redis.hget(record, "webhook"))
+        if webhook is None:  # it had none, or it was deleted
+            return DeliveryLog(data=[], disabled_at=None)
+        queue = f"{self._keys.receivers}:{JobWebhook.model_validate_json(webhook).receiver}"
+        with self._redis.pipeline(transaction=True) as reads:
+            for n in numbers:
+                name = self._name(job_id, n)
+                reads.hmget(name, ["event", "state", "created_ms"])
+                reads.lrange(f"{name}:attempts", 0, -1)
+                reads.zscore(queue, name)
+            reads.hget(record, "webhook_gone_ms")
+            *found, gone_ms = reads.execute()
+        each = zip(numbers, found[::3], found[1::3], found[2::3], strict=True)
         return DeliveryLog(
-            data=[delivery for delivery in found if delivery is not None],
+            data=[
+                Delivery(
+                    n=n,
+                    id=message_id(job_id, n),
+                    event=WebhookEvent(event),
+                    state=DeliveryState(state),
+                    created_at=_time(int(created_ms)),
+                    next_attempt_at=None if due is None else _time(int(due)),
+                    attempts=[DeliveryAttempt.model_validate_json(attempt) for attempt in attempts],
+                )
+                for n, (event, state, created_ms), attempts, due in each
+                if event is not None
+            ],
             disabled_at=None if gone_ms is None else _time(int(gone_ms)),
         )
 

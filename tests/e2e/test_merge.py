@@ -263,18 +263,16 @@ def test_jobs_are_found_by_status_and_label(service: Service, job: dict[str, Any
 
 
 def test_pages_of_jobs_follow_each_other(service: Service, job: dict[str, Any]) -> None:
-    service.finished(service.submit(tiny_recipe("a", name="average")))
-    everything = [entry["id"] for entry in service.get("/jobs", params={"limit": 100}).json()["data"]]
-    assert len(everything) >= 2
-    paged: list[str] = []
-    after: str | None = None
-    while True:
-        page = service.get("/jobs", params={"limit": 1, **({"after": after} if after else {})}).json()
-        paged += [entry["id"] for entry in page["data"]]
-        after = page["next"]
-        if after is None:
-            break
+    newest = service.finished(service.submit(tiny_recipe("a", name="average")))
+    with Client(service.url) as client:
+        everything = [entry.id for entry in client.jobs(page_size=100)]  # other tests of this service have made many
+        paged = [entry.id for entry in client.jobs(page_size=7)]
     assert paged == everything == sorted(everything, reverse=True)
+    assert everything[0] == newest["id"]
+    assert job["id"] in everything
+    single = service.get("/jobs", params={"limit": 1}).json()
+    follows = service.get("/jobs", params={"limit": 1, "after": single["next"]}).json()
+    assert [entry["id"] for page in (single, follows) for entry in page["data"]] == everything[:2]
 
 
 def test_the_report_page_shows_the_metrics(service: Service, job: dict[str, Any]) -> None:

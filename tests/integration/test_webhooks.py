@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -371,6 +372,34 @@ def test_410_ends_all_further_deliveries_of_the_job_and_a_redelivery_begins_agai
         log = settled(store, task.job)
         assert log.disabled_at is None
     assert {one.state for one in log.data} == {DeliveryState.DELIVERED}
+
+
+def test_the_log_shows_one_moment(store: JobStore) -> None:
+    """Where nothing waits because the receiver wants nothing more, it says so, whenever it is read."""
+    task = new_job(store, "http://127.0.0.1:1/hook", "job.started")
+    store.tasks.release(begun(store, task), lost=True)
+    begun(store, task)
+    over = threading.Event()
+
+    def read() -> int:
+        reads = 0
+        while not over.is_set():
+            log = store.deliveries.log(task.job)
+            assert log.disabled_at or any(one.state is DeliveryState.PENDING for one in log.data), log
+            reads += 1
+        return reads
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read)
+        for _ in range(50):
+            claimed = store.deliveries.claim("127.0.0.1:1", 1000)
+            assert claimed is not None
+            gone = ARRIVED.model_copy(update={"status": 410, "error": "gone"})
+            assert store.deliveries.settle(claimed, gone, DeliveryState.FAILED, is_gone=True)
+            for n in (1, 2):
+                assert store.deliveries.redeliver(task.job, n) is not None
+        over.set()
+    assert reading.result() > 20
 
 
 def test_one_receiver_that_stalls_delays_no_other_and_is_asked_by_few_at_once(
