@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server of the tests' own. It waits for no disk: what survives a kill is tested on servers of their own."""
+    """A Redis server of the tests' own. It waits for no disk; what survives a kill is tested on other servers."""
     server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
     process = subprocess.Popen([*server.command, "--appendonly", "no"], stdout=subprocess.DEVNULL)
     with Redis.from_url(server.url) as client:
