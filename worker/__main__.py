@@ -31,6 +31,7 @@ from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
+from app.storage.signing_keys import SigningKey
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
 from app.storage.tenants import roots_of, statistics_of, statistics_of_others
@@ -133,6 +134,7 @@ def run(settings: Settings) -> int:
         return 2
     try:
         artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
+        signing_key = SigningKey(settings.signing_key) if settings.signing_key else None
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
@@ -166,7 +168,7 @@ def run(settings: Settings) -> int:
         job_class=job_class(functions),
         worker_ttl=60,
     )
-    storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches)
+    storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches, signing_key)
     tracer = open_tracer("worker")
     runner = TaskRunner(
         name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping, queue.wake, tracer

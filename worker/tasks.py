@@ -36,6 +36,7 @@ from app.storage.files import stored_bytes
 from app.storage.jobs import JobStore
 from app.storage.queue import WORK
 from app.storage.searches import SearchFolder
+from app.storage.signing_keys import SigningKey
 from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
@@ -50,6 +51,7 @@ from worker.engine.catalog.primitives.errors import (
 )
 from worker.engine_process import EngineDied, EngineProcess, EngineStopped, Failed, Finished, Progressed, as_job_error
 from worker.progress import ProgressMeter
+from worker.provenance import attest
 from worker.trace import AttemptTrace
 
 TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this time
@@ -96,6 +98,8 @@ class Storage:
     of_tenant: Callable[[str], TenantStorage]
     artifacts: ArtifactStore
     searches: SearchFolder
+    signing_key: SigningKey | None = None
+    """The key that signs the provenance of artifacts."""
 
 
 class TaskRunner:
@@ -124,6 +128,7 @@ class TaskRunner:
         self._of_tenant = storage.of_tenant
         self._artifacts = storage.artifacts
         self._searches = storage.searches
+        self._signing_key = storage.signing_key
         self._engine = engine
         self._renew_interval = min(storage.store.tasks.lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
@@ -214,7 +219,7 @@ class TaskRunner:
                     self._trace.enters(PhaseName.PUBLISHING)
                     status = self._renew(attempt, meter.update(PhaseName.PUBLISHING, 0, 1, "artifacts"))
                     if status is Status.RUNNING:
-                        self._publish(attempt, record, event.result)
+                        self._publish(attempt, record, folder, event.result)
                     else:
                         self._withdraw(attempt, status)
                     return
@@ -260,8 +265,10 @@ class TaskRunner:
         else:
             self._ends("too late", failed=True)
 
-    def _publish(self, attempt: Attempt, record: Record, result: MergeResult | ScoreResult) -> None:
+    def _publish(self, attempt: Attempt, record: Record, folder: Path, result: MergeResult | ScoreResult) -> None:
         start = time.monotonic()
+        if isinstance(result, MergeResult):
+            attest(folder, record, attempt, self._signing_key)
         artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt))
         started = self._insist(lambda: self._store.records.get(attempt.task.job))
         queued = ((started or record).started_ms or record.created_ms) - record.created_ms

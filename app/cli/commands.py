@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import catalog, jobs, keys, run, service
+from app.cli import catalog, jobs, keys, provenance, run, service
 from app.cli.exits import Exit, explained
 from app.contracts.printable import printable
 
@@ -50,6 +50,7 @@ app.command()(jobs.delete)
 app.command()(jobs.download)
 app.command()(catalog.methods)
 app.command()(catalog.scores)
+app.command()(provenance.verify)
 app.add_typer(keys.app, name="keys")
 
 

@@ -40,6 +40,10 @@ def serve(
     from app.supervisor import Supervisor
 
     try:
+        if settings.signing_key is not None:
+            from app.storage.signing_keys import SigningKey
+
+            SigningKey(settings.signing_key)
         Supervisor(settings).run()
     except NewerData as error:
         raise Stop(str(error), Exit.NEWER_DATA) from error

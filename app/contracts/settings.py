@@ -132,6 +132,9 @@ class Settings(BaseSettings):
     """A receiver of webhooks must answer within this time, or the attempt has failed."""
     webhook_progress_seconds: Annotated[float, Field(ge=1, le=86_400)] = 10
     """Least time between two `job.progress` of a job."""
+    signing_key: Path | None = None
+    """File of the private key, in PEM and without a passphrase, that signs the provenance of merges. Without it, they
+    are not signed."""
     idempotency_seconds: Annotated[int, Field(ge=60)] = 86_400
     """Seconds for which an Idempotency-Key is remembered."""
     log_format: LogFormat = "text"

@@ -23,6 +23,7 @@ from huggingface_hub.file_download import repo_folder_name
 from tqdm import tqdm
 
 from worker.engine.catalog.checkpoints.files import described_files, weights_among
+from worker.engine.catalog.checkpoints.licences import CARD
 from worker.engine.catalog.contracts.spec import CheckpointSpec, JobSpec
 from worker.engine.catalog.data.formats import Csv
 from worker.engine.catalog.data.rows import ROWS_OF_TEXT, RowReader
@@ -184,7 +185,9 @@ def _checkpoint_files(source: HubSource) -> list[RemoteFile]:
     def read(name: str) -> bytes:
         return Path(hf_hub_download(source.repository, name, revision=source.commit)).read_bytes()
 
-    return [_remote_file("model", source, name) for name in (*described_files(names), *weights_among(names, read))]
+    cards = [name for name in (CARD,) if name in names]  # for the licence
+    wanted = (*described_files(names), *weights_among(names, read), *cards)
+    return [_remote_file("model", source, name) for name in wanted]
 
 
 def _builder(rows: DatasetSpec, source: HubSource) -> Any:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from worker.engine.catalog.checkpoints.licences import stated_licence
 from worker.engine.catalog.contracts.report import MANIFEST, JobResult, MergeResult, ModelReport, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
@@ -16,8 +17,8 @@ from worker.engine.reporting.card import model_card
 from worker.engine.reporting.contents import Contents, ScoresByModel
 from worker.engine.reporting.page import NOT_KNOWN_YET, merge_page, score_page
 
-REPEATING = {"checkpoint", "digest", "examples", "batch_tokens", "statistics"}
-"""Fields of each model that the same bits depend on."""
+OF_INPUTS = {"checkpoint", "commit", "digest", "license", "examples", "batch_tokens", "statistics"}
+"""Fields of each model that say what the artifact was made of."""
 
 
 def model_folders(folder: Path, names: Sequence[str], *, is_one: bool) -> dict[str, Path]:
@@ -58,11 +59,19 @@ def write_documents(
         scores: scores of the models that were scored.
         interference: interference of the models' task vectors, where they were compared.
     """
-    ancestor = {"checkpoint": plan.base.source, "digest": base} if plan.base else None
+    ancestor = _ancestor(spec, plan, base)
     found = contents.of_merge(spec, plan, scores, interference)
     _write_report(spec, result, found, merge_page(spec, plan, result, found, base), owners=plan.owners(), base=ancestor)
     (spec.folder / "README.md").write_text(model_card(spec, plan, result), encoding="utf-8")
     _write_manifest(spec.folder, result, result.models, digests, found, base=ancestor)
+
+
+def _ancestor(spec: MergeSpec, plan: MergePlan, digest: str | None) -> dict[str, str | None] | None:
+    """Return what is known of the base that the models were fine-tuned from, if one is named."""
+    if plan.base is None or spec.base is None:
+        return None
+    commit = {"commit": spec.base.hub.commit} if spec.base.hub else {}
+    return {"checkpoint": plan.base.source, **commit, "digest": digest, "license": stated_licence(plan.base.path)}
 
 
 def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: ScoresByModel) -> None:
@@ -97,7 +106,7 @@ def _write_manifest(
         files.append({"name": name, "bytes": path.stat().st_size, "sha256": known[inode]})
     manifest = {
         "files": files,
-        "inputs": {model.name: model.model_dump(include=REPEATING) for model in models},
+        "inputs": {model.name: model.model_dump(include=OF_INPUTS) for model in models},
         **more,
         "method": result.method,
         "device": result.device,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
+from worker.engine.catalog.checkpoints.licences import licence_notes
 from worker.engine.catalog.contracts.report import Candidate, MergeResult, MetricResult, Search, mean_and_least
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.engine.catalog.methods import MethodParameters
@@ -36,7 +37,15 @@ from worker.engine.jobs.preparing import (
     padded_tokens,
     prepare,
 )
-from worker.engine.jobs.results import as_run, filter_notes, model_result, notes_of_given, stopping_of, vocabulary_notes
+from worker.engine.jobs.results import (
+    as_run,
+    filter_notes,
+    model_result,
+    notes_of_given,
+    stated_licences,
+    stopping_of,
+    vocabulary_notes,
+)
 from worker.engine.merging.backbone import Backbone, given
 from worker.engine.merging.head_alignment import align_head
 from worker.engine.merging.interference import Interference, compared_tensors, interference
@@ -148,6 +157,7 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
         context.note(*(filter_notes(plan, spec) if not spec.strict_filters else []))
         context.note(*(note for info in plan.all_checkpoints for note in info.notes))
         context.note(*plan.notes, *vocabulary_notes(plan))
+        context.note(*licence_notes(stated_licences(spec, plan)))
         states = InputStates.of(plan.all_checkpoints)
         context.store.may_keep = states.are_untouched
         require_space(spec.folder, plan.bytes_to_write, "the artifact")

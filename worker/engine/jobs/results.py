@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from worker.engine.catalog.checkpoints.licences import stated_licence
 from worker.engine.catalog.contracts.report import (
     GivenStatisticReport,
     ModelResult,
@@ -51,11 +52,19 @@ def _measured_fields(model: JobModel) -> dict[str, Any]:
         "checkpoint": model.spec.source,
         "commit": model.spec.hub.commit if model.spec.hub else None,
         "digest": model.digest,
+        "license": stated_licence(model.info.path),
         "examples": model.measured.rows,
         "batch_tokens": model.measured.batch_tokens,
         "score_seconds": round(model.measured.seconds, 3),
         "score_cached": model.measured.cached,
     }
+
+
+def stated_licences(spec: MergeSpec, plan: MergePlan) -> dict[str, str | None]:
+    """Return the licence that each input of a merge states, by the model's name; that of the base too."""
+    named = zip(spec.models, plan.checkpoints, strict=True)
+    found = {model.name: stated_licence(info.path) for model, info in named}
+    return found if plan.base is None else {**found, "the base": stated_licence(plan.base.path)}
 
 
 def as_run(spec: JobSpec, precision: Precision, models: Sequence[JobModel]) -> dict[str, Any]:

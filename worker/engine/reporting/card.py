@@ -8,6 +8,7 @@ import yaml
 from markupsafe import Markup
 
 from worker.engine.catalog.checkpoints.architectures import use_of
+from worker.engine.catalog.checkpoints.licences import LICENCES, common_licence, stated_licence
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.spec import DatasetSpec
@@ -49,7 +50,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         origins=_origins(spec, result),
         slices=(SLICE_COLUMNS, slice_rows(slices)) if slices else None,
         parameters=_values({key: v for key, v in result.method.items() if key != "name" and v is not None}),
-        base=base.source if base else None,
+        base=_base(base.source, plan) if base else None,
         notes=result.notes,
         metrics=metric_table(result) if result.metrics else None,
         about_metrics=ABOUT_METRICS,
@@ -83,7 +84,9 @@ def _metadata(spec: MergeSpec, plan: MergePlan, result: MergeResult, library: st
     repositories = list(dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub))
     read = [rows for model in spec.models for rows in (model.dataset, model.evaluation) if rows]
     datasets = list(dict.fromkeys(rows.hub.repository for rows in read if rows.hub))
+    licence = common_licence(_licences(plan, result))
     return {
+        **({"license": licence} if licence in LICENCES else {}),
         "library_name": library,
         **({"pipeline_tag": tag} if tag else {}),
         **({"base_model": repositories, "base_model_relation": "merge"} if repositories else {}),
@@ -122,16 +125,32 @@ def _dataset(rows: EvaluationSpec | DatasetSpec) -> dict[str, str]:
     return {**named, **{key: value for key, value in (("config", rows.config), ("split", rows.split)) if value}}
 
 
+def _licences(plan: MergePlan, result: MergeResult) -> dict[str, str | None]:
+    own = {model.name: model.license for model in result.models}
+    return own if plan.base is None else {**own, "base": stated_licence(plan.base.path)}
+
+
+def _base(source: str, plan: MergePlan) -> Markup:
+    """Name the base, and the licence that it states."""
+    licence = stated_licence(plan.base.path) if plan.base else None
+    return code(source) if licence is None else Markup("{} (licence {})").format(code(source), code(licence))
+
+
 def _listed(names: Sequence[str]) -> str:
     return f"{len(names)} models ({', '.join(names)})" if len(names) > 1 else f"one model ({names[0]})"
 
 
 def _origins(spec: MergeSpec, result: MergeResult) -> Table:
     """Return the table of the models that were merged."""
-    rows: list[list[str]] = [[model.name, code(model.checkpoint)] for model in result.models]
+    columns = ["model", "checkpoint", "digest"]
+    rows: list[list[str]] = [[model.name, code(model.checkpoint), code(model.digest)] for model in result.models]
+    if any(model.license for model in result.models):
+        columns.append("licence")
+        stated = [model.license for model in result.models]
+        rows = [[*row, code(licence) if licence else "not stated"] for row, licence in zip(rows, stated, strict=True)]
     if spec.method.stacked_slices:
-        return ["model", "checkpoint"], rows
-    columns = ["model", "checkpoint", "mean merge weight"]
+        return columns, rows
+    columns.append("mean merge weight")
     rows = [[*row, number(model.weight_share, 3)] for row, model in zip(rows, result.models, strict=True)]
     if any(model.aligned_examples for model in result.models):
         columns.append("rows its head was aligned on")

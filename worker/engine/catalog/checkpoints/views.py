@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +30,7 @@ from worker.engine.catalog.checkpoints.files import (
 )
 from worker.engine.catalog.checkpoints.inspection import TOO_MANY_OPEN, readable
 from worker.engine.catalog.checkpoints.json_files import parsed_json
+from worker.engine.catalog.checkpoints.licences import CARD, MAX_FRONT_MATTER_BYTES
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES, MAX_DESCRIPTION_BYTES
 from worker.engine.catalog.checkpoints.pointers import ANNEXED, not_there
 from worker.engine.catalog.checkpoints.reading import reads
@@ -233,6 +234,10 @@ def _fill(view: Path, folder: _Checkpoint) -> None:
     for name in (*PICKLES, ADAPTER_PICKLE):
         if name in names:  # it is not opened; its presence explains why other files are missing
             (view / name).touch()
+    if CARD in names:
+        with suppress(InvalidCheckpoint):  # no number depends on it
+            content = _read(folder.open(CARD), MAX_FRONT_MATTER_BYTES)
+            (view / CARD).write_bytes(content)
 
 
 def _link(view: Path, folder: _Checkpoint, name: str) -> None:

@@ -35,6 +35,8 @@ class ModelReport(Strict):
     """Commit of a checkpoint from the hub."""
     digest: str
     """sha256 over the names and sha256 of the checkpoint's weight files and config."""
+    license: str | None = None
+    """Licence that the checkpoint's own card states, as the hub names it; null where it states none."""
     examples: int
     """Number of rows that were measured."""
     batch_tokens: int | None = None

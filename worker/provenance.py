@@ -1,0 +1,40 @@
+"""Adds an artifact's provenance to it, and signs it: the engine, which reads what comes from outside, has no key."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from app.contracts.jobs import Attempt, Record
+from app.contracts.provenance import PROVENANCE, SIGNED_PROVENANCE, statement
+from app.storage.signing_keys import SigningKey
+from worker.engine.catalog.contracts.report import MANIFEST
+
+
+def attest(folder: Path, record: Record, attempt: Attempt, key: SigningKey | None) -> None:
+    """Write the provenance of a complete artifact beside its files, and list it in the manifest.
+
+    Args:
+        key: signs the statement; without one it is only written.
+    """
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    made = statement(
+        manifest,
+        json.loads((folder / "recipe.json").read_bytes()),
+        job=record.id,
+        attempt=attempt.number,
+        version=version("maskmerge"),
+        started=record.core()["started_at"],
+        finished=datetime.now(UTC),
+    )
+    content = json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n"
+    written = {PROVENANCE: content}
+    if key is not None:
+        written[SIGNED_PROVENANCE] = key.signed(content)
+    for name, what in written.items():
+        (folder / name).write_bytes(what)
+        digest = hashlib.sha256(what).hexdigest()
+        manifest["files"].append({"name": name, "bytes": len(what), "sha256": digest})
+    manifest["files"].sort(key=lambda file: file["name"])
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
