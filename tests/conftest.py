@@ -299,11 +299,6 @@ def tiny_recipe(*names: str, **method: Any) -> dict[str, Any]:
     }
 
 
-def as_recipe(request: dict[str, Any]) -> dict[str, Any]:
-    """A job's request as `recipe.json` of its artifact has it: a recipe does not hand on whom its job tells."""
-    return {name: value for name, value in request.items() if name != "webhook"}
-
-
 SEEDS = count()
 
 

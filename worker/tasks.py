@@ -27,7 +27,7 @@ from app.contracts.jobs import (
 )
 from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
 from app.contracts.references import ReferenceError
-from app.contracts.requests import MergeRequest, ScoreRequest
+from app.contracts.requests import MergeRequest, ScoreRequest, as_recipe
 from app.observability.context import add_facts, concerning
 from app.observability.metrics import ENGINE_RESTARTS, counted
 from app.observability.traces import Tracer
@@ -365,9 +365,7 @@ class TaskRunner:
         """Make the engine's input, and fetch everything that the engine does not fetch itself."""
         own = self._of_tenant(record.tenant)
         inputs = _Inputs(record, partial(self._fetch, attempt, own.sources))
-        # Artifacts are passed on, and a webhook's URL may hold secrets.
-        recipe = {name: value for name, value in record.request.items() if name != "webhook"}
-        common = {"name": record.name, "recipe": recipe, "folder": folder, "store": own.statistics}
+        common = {"name": record.name, "recipe": as_recipe(record.request), "folder": folder, "store": own.statistics}
         if record.kind is JobKind.SCORES:
             wanted = ScoreRequest.model_validate(record.request)
             models = [inputs.model(model) for model in wanted.models]

@@ -8,9 +8,9 @@ import re
 from fastapi import Request
 
 from app.api.rate_limits import count_failure, take_turn
+from app.contracts.addresses import is_loopback
 from app.contracts.api_keys import Caller, Scope
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.settings import is_loopback
 from app.storage.api_keys import ApiKeys, KeyRefused
 
 BEARER = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)

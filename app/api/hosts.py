@@ -16,8 +16,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import answer
+from app.contracts.addresses import is_loopback
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.settings import DEFAULT_PORTS, is_loopback
+from app.contracts.settings import DEFAULT_PORTS
 
 READS = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{0,5}))?")

@@ -17,7 +17,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
-from app.api.merges import EXAMPLE
+from app.api.examples import RECIPE
 from app.api.prefer import LONGEST_WAIT_S
 
 logging.getLogger("mcp").setLevel(logging.WARNING)  # it tells of every request, twice
@@ -35,7 +35,7 @@ Recipe = Annotated[
     Field(
         description="What to merge, and how: the body of `POST /merge`. Only method.name and each model's name and "
         "checkpoint are always needed; what else a method needs, `methods` and `validate` say. Example: "
-        + json.dumps(EXAMPLE)
+        + json.dumps(RECIPE)
     ),
 ]
 JobId = Annotated[str, Field(description="The job's id, as `submit` returns it.")]

@@ -3,6 +3,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Path, Response
 
 from app.api.dependencies import CallerOf, ServicesOf
+from app.api.examples import RECIPE
 from app.api.openapi import ACCEPTED, Responses, problems
 from app.api.prefer import Wait
 from app.api.submitting import IdempotencyKey, answered, submitted
@@ -13,20 +14,8 @@ from app.contracts.requests import MergeRequest
 
 router = APIRouter(tags=["merge"], route_class=YamlRoute)
 
-EXAMPLE: dict[str, Any] = {
-    "method": {"name": "mask_fisher"},
-    "models": [
-        {
-            "name": name,
-            "checkpoint": f"local:experts/{name}",
-            "dataset": {"source": f"local:tasks/{name}/train.jsonl", "label": "label"},
-            "evaluation": {"source": f"local:tasks/{name}/validation.jsonl"},
-        }
-        for name in ("topics", "sentiment")
-    ],
-}
-SEARCH: dict[str, Any] = {**EXAMPLE, "method": {"name": "auto", "candidates": ["average", "regmean"], "trials": 20}}
-EXAMPLES: dict[str, Any] = {"two experts": {"value": EXAMPLE}, "the best of several methods": {"value": SEARCH}}
+SEARCH: dict[str, Any] = {**RECIPE, "method": {"name": "auto", "candidates": ["average", "regmean"], "trials": 20}}
+EXAMPLES: dict[str, Any] = {"two experts": {"value": RECIPE}, "the best of several methods": {"value": SEARCH}}
 PUT: Responses = {
     **ACCEPTED,
     200: {"model": Job, "description": "The job that has this name already", "headers": ACCEPTED[202]["headers"]},

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
+from app.api.examples import answers, queued_job
 from app.api.links import add_links
 from app.api.observed import Observed
 from app.contracts.errors import MEDIA_TYPE, Problem, ProblemError
@@ -110,6 +111,7 @@ class Api(FastAPI):
                 operation["responses"] = kept | references
                 for parameter in operation.get("parameters", ()):
                     _without_null(parameter["schema"])
+            _add_examples(document)
             add_links(list(_operations(document)))
             for schema in document["components"]["schemas"].values():
                 name = schema.get("properties", {}).get("name", {})
@@ -123,6 +125,18 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, 
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             yield method, path, operation
+
+
+def _add_examples(document: dict[str, Any]) -> None:
+    """Show what every successful answer that is JSON looks like."""
+    known = {name: example.model_dump(mode="json") for name, example in answers().items()}
+    queued = queued_job().model_dump(mode="json")
+    for _, _, operation in _operations(document):
+        for status, answer in operation["responses"].items():
+            found = answer.get("content", {}).get("application/json") if status.startswith("2") else None
+            if found is not None:
+                name = found["schema"]["$ref"].rpartition("/")[2]
+                found["example"] = queued if name == "Job" and status == "202" else known[name]
 
 
 def _refusals(method: str, path: str, operation: dict[str, Any]) -> set[int]:

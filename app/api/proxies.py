@@ -8,7 +8,7 @@ its end to the first address that is no trusted proxy's.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Network, IPv6Network
 from typing import cast
 
 from fastapi import Request
@@ -16,8 +16,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.errors import answer
+from app.contracts.addresses import is_loopback, plain_address
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.settings import is_loopback
 
 FORWARDED = "forwarded"
 X_FORWARDED = ("x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
@@ -27,8 +27,6 @@ UNKNOWN = "unknown"
 """Address of a client that nobody vouches for, as RFC 7239 writes it. It is not of this machine."""
 PAIR = re.compile(r"""[ \t]*([!#$%&'*+.^_`|~0-9A-Za-z-]+)=([^\s;,"]+|"(?:[^"\\]|\\.)*")[ \t]*""")
 BLANK = re.compile(r"[ \t]*")
-
-Address = IPv4Address | IPv6Address
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Proxies:
         return found
 
     def _trusts(self, text: str) -> bool:
-        address = _address(text)
+        address = plain_address(text)
         return address is not None and any(address in network for network in self._trusted)
 
 
@@ -147,14 +145,5 @@ def _node(text: str) -> str:
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
-    address = _address(text)
+    address = plain_address(text)
     return UNKNOWN if address is None else str(address)
-
-
-def _address(text: str) -> Address | None:
-    """Return an address, an IPv4 one also where it is written as IPv6; None for what is none."""
-    try:
-        found = ip_address(text)
-    except ValueError:
-        return None
-    return (found.ipv4_mapped if isinstance(found, IPv6Address) else None) or found

@@ -4,10 +4,11 @@ The fields of answers are those of draft-ietf-httpapi-ratelimit-headers: `RateLi
 how much of it is left.
 """
 
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address
 
 from fastapi import Request
 
+from app.contracts.addresses import plain_address
 from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
 from app.services.composition import Services
@@ -60,12 +61,7 @@ def _fields(policy: str, most: int, turn: Turn) -> dict[str, str]:
 def _site(request: Request) -> str:
     """Return the address that a request comes from, of IPv6 the part that one customer has."""
     text = "" if request.client is None else request.client.host
-    try:
-        address = ip_address(text)
-    except ValueError:
+    address = plain_address(text)
+    if address is None:
         return text
-    if not isinstance(address, IPv6Address):
-        return text
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(IPv6Address(int(address) >> SITE_BITS << SITE_BITS))
+    return str(IPv6Address(int(address) >> SITE_BITS << SITE_BITS) if isinstance(address, IPv6Address) else address)

@@ -1,7 +1,8 @@
-"""Decides which addresses of the internet a webhook may be sent to: those of public machines alone."""
+"""Addresses of machines, and which of them a webhook may be sent to: those of public machines alone."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
+Address = IPv4Address | IPv6Address
 PUBLIC_IPV6 = ip_network("2000::/3")
 """All that is routed over the internet. Outside it are loopback, private and link-local addresses, multicast, and those
 that hold an IPv4 address: mapped (`::ffff:0:0/96`) and translated ones (NAT64, `64:ff9b::/96` and `64:ff9b:1::/48`)."""
@@ -53,7 +54,22 @@ def literal_refusal(host: str) -> str | None:
     return None if found is None else refusal(str(found))
 
 
-def as_address(host: str) -> IPv4Address | IPv6Address | None:
+def plain_address(text: str) -> Address | None:
+    """Return the address that a text is, an IPv4 one also where it is written as IPv6; None for what is none."""
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return None
+    return (found.ipv4_mapped if isinstance(found, IPv6Address) else None) or found
+
+
+def is_loopback(text: str) -> bool:
+    """Return whether an address is one of this machine alone; False for names, and for what is no address."""
+    found = plain_address(text)
+    return found is not None and found.is_loopback
+
+
+def as_address(host: str) -> Address | None:
     """Return the address that a URL's host is; None for a name."""
     try:
         return ip_address(host.removeprefix("[").removesuffix("]"))

@@ -1,6 +1,7 @@
 """The whole schema of requests, including fields that are refused because they are not available yet."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -282,6 +283,14 @@ class ScoreRequest(JobRequest[ScoredModelRequest]):
         if not method.statistics:
             raise ValueError(f"method {method.name} measures nothing of a model; methods that do are {MEASURING}")
         return method
+
+
+def as_recipe(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request as the artifact's `recipe.json` has it: without whom its job tells.
+
+    Artifacts are passed on, and a webhook's URL may hold secrets.
+    """
+    return {name: value for name, value in request.items() if name != "webhook"}
 
 
 def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, str]]:

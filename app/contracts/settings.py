@@ -3,13 +3,14 @@
 import json
 import re
 from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.contracts.addresses import as_address
 from app.contracts.api_keys import Tenant
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
 
@@ -163,7 +164,7 @@ class Settings(BaseSettings):
     @classmethod
     def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         for host in (stripped := tuple(host.strip() for host in hosts)):
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", host) and not _is_address(host):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host) and as_address(host) is None:
                 raise ValueError(
                     f"'{host}' is no name or address; write it as api.example.org, without scheme and port"
                 )
@@ -221,23 +222,6 @@ class Settings(BaseSettings):
             (f"MASKMERGE_{name.upper()}", self.text(name), field.description or "")
             for name, field in type(self).model_fields.items()
         ]
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address is one of this machine alone; False for names, and for what is no address."""
-    try:
-        found = ip_address(address)
-    except ValueError:
-        return False
-    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
-    return (mapped or found).is_loopback
-
-
-def _is_address(text: str) -> bool:
-    try:
-        return bool(ip_address(text.removeprefix("[").removesuffix("]")))
-    except ValueError:
-        return False
 
 
 def _origin(text: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 from redis import Redis
 
+from app.contracts.addresses import is_loopback
 from app.contracts.api_keys import Caller, CreatedKey, Key, NewKey, Scope
-from app.contracts.settings import Settings, is_loopback
+from app.contracts.settings import Settings
 from app.storage.keys import Keys
 
 TOKEN = re.compile(r"(?P<prefix>mm_(?P<id>[0-9a-f]{16}))_[A-Za-z0-9_-]{43}")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from app.contracts.jobs import PhaseName
-from tests.conftest import REPOSITORY, Service, as_recipe, assert_problem, make_service, tiny_recipe, wait_until
+from app.contracts.requests import as_recipe
+from tests.conftest import REPOSITORY, Service, assert_problem, make_service, tiny_recipe, wait_until
 from tests.tiny import tiny_checkpoint, write_lines, write_rows
 from tests.tiny_families import TINY_FAMILIES
 

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from app.contracts.requests import as_recipe
 from tests.conftest import (
     Service,
-    as_recipe,
     assert_problem,
     free_port,
     keeps_within,

@@ -147,7 +147,7 @@ def test_every_answer_has_its_media_type_and_every_problem_its_code(service: Ser
             assert "null" not in json.dumps(parameter["schema"]), (path, parameter["name"])
 
 
-def test_every_field_parameter_and_operation_is_described_and_every_body_has_an_example(service: Service) -> None:
+def test_everything_is_described_and_every_body_and_answer_has_an_example(service: Service) -> None:
     document = service.get("/openapi.json").json()
     for name, schema in document["components"]["schemas"].items():
         for field, described in schema.get("properties", {}).items():
@@ -160,6 +160,9 @@ def test_every_field_parameter_and_operation_is_described_and_every_body_has_an_
             assert parameter["description"], (path, method, parameter["name"])
         for kind, body in operation.get("requestBody", {}).get("content", {}).items():
             assert body.get("examples") or body.get("example"), (path, method, kind)
+        for status, answer in operation["responses"].items():
+            content = answer.get("content", {})
+            assert "application/json" not in content or content["application/json"]["example"], (path, method, status)
 
 
 def test_links_lead_from_a_job_to_all_that_can_be_done_with_it(service: Service) -> None:

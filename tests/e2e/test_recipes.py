@@ -18,7 +18,8 @@ import yaml
 
 from app.cli import main
 from app.client import Client, downloads
-from tests.conftest import HANGS_S, REPOSITORY, Service, as_recipe, assert_problem, tiny_recipe
+from app.contracts.requests import as_recipe
+from tests.conftest import HANGS_S, REPOSITORY, Service, assert_problem, tiny_recipe
 from tests.tiny import LAYERS, Tensors, edit_tensors, read_model
 
 MERGEKIT = """

@@ -27,6 +27,7 @@ from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper
 from app.storage.records import Deleted, Idempotency, NewJob
 from app.storage.scripts import FOLDER
+from tests.clock import Clock
 from tests.conftest import RESULT
 from worker.engine.catalog.contracts.report import MergeSummary, ScoreResult, Search, Timings
 
@@ -44,17 +45,6 @@ SEARCHED = RESULT.model_copy(
 )  # fmt: skip
 LONG = {"candidates", "search"}
 FAILURE = JobError(code=ErrorCode.INTERNAL, message="broken")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_800_000_000_000
-
-    def __call__(self) -> int:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += int(seconds * 1000)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from app.storage.keys import Keys
 from app.storage.records import Deleted, NewJob
 from app.storage.scripts import DELIVERIES_KEPT
 from app.storage.signing_secrets import MOST_SECRETS, SigningSecrets, TooManySecrets
+from tests.clock import Clock
 from tests.conftest import RESULT, wait_until
 from tests.receivers import Received, Receiver, answering, closing, endless, receiving, stalling
 
@@ -42,22 +43,10 @@ ARRIVED = DeliveryAttempt(at=datetime.now(UTC), seconds=0.1, status=204, error=N
 SIGNER = signer_of(Caller())
 
 
-class Clock:
-    """Begins now, because receivers compare timestamps of signatures with their own clocks."""
-
-    def __init__(self) -> None:
-        self.now = int(time.time() * 1000)
-
-    def __call__(self) -> int:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += int(seconds * 1000)
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    """Begins now, because receivers compare timestamps of signatures with their own clocks."""
+    return Clock(int(time.time() * 1000))
 
 
 @pytest.fixture
