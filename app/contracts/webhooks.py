@@ -56,22 +56,28 @@ class JobWebhook(BaseModel):
     signer: str
     """Holder of the secret that signs; see `signer_of`."""
     receiver: str
-    """Host and port, among which deliveries take turns."""
+    """Tenant, host and port, with a space between. Deliveries take turns among these. Webhooks of older releases have
+    no tenant there."""
 
     @classmethod
-    def of(cls, asked: Webhook, signer: str, progress_seconds: float) -> "JobWebhook":
+    def of(cls, asked: Webhook, tenant: str, signer: str, progress_seconds: float) -> "JobWebhook":
         return cls(
             url=str(asked.url),
             events=asked.events,
             progress_ms=int(progress_seconds * 1000),
             signer=signer,
-            receiver=receiver_of(asked.url),
+            receiver=f"{tenant} {asked.url.host}:{asked.url.port}",
         )
 
 
-def receiver_of(url: HttpUrl) -> str:
-    """Return host and port of a URL, which logs may show; its path and query may hold secrets."""
-    return f"{url.host}:{url.port}"
+def host_of(receiver: str) -> str:
+    """Return host and port of a receiver, which logs may show; path and query of its URL may hold secrets."""
+    return receiver.rpartition(" ")[2]
+
+
+def tenant_of(receiver: str) -> str:
+    """Return the tenant whose jobs tell a receiver; the empty text for receivers of older releases."""
+    return receiver.rpartition(" ")[0]
 
 
 def signer_of(caller: Caller) -> str:

@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from anyio.to_thread import run_sync
 from redis.exceptions import RedisError
 
-from app.contracts.webhooks import DAY_S, DeliveryAttempt, DeliveryState, WebhookEvent
+from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.webhooks import DAY_S, DeliveryAttempt, DeliveryState, WebhookEvent, host_of, tenant_of
+from app.observability.context import concerning
 from app.services.webhook_messages import job_message, signed
 from app.services.webhook_sender import Answer, Sender
 from app.storage.deliveries import Claimed
@@ -24,7 +26,7 @@ LONGEST_DELAY_S = 6 * 3600.0  # also of `Retry-After`
 POLL_S = 0.5
 AWAY_S = 2.0  # time between two looks while Redis is away
 MOST_AT_ONCE = 64  # attempts of one process, each a connection
-MOST_PER_RECEIVER = 4  # attempts of one process at a host and port, so that one that stalls holds up no other
+MOST_PER_RECEIVER = 4  # attempts at one host and port for one tenant, so that one that stalls holds up no other
 STOP_S = 3.0  # time that attempts have to end when the service stops; what has not is sent again
 SETTLING_S = 5.0  # time beyond an attempt's own within which its outcome is recorded
 GONE = "nothing more of this job is sent until a delivery is sent again by request"
@@ -108,20 +110,32 @@ class Deliverer:
         self._news.set()
 
     def _claim(self, busy: Counter[str]) -> list[Claimed]:
-        """Take one delivery for each receiver that may be sent more, those that have waited longest first."""
-        room = MOST_AT_ONCE - busy.total()
+        """Take one delivery for each receiver that may be sent more, those that have waited longest first.
+
+        A tenant may have as many attempts as are left to others. So one whose receivers all stall takes half of them,
+        two such tenants take two thirds, and there is always a place for a tenant that has none.
+        """
         claimed: list[Claimed] = []
-        # Receivers that are busy are among those that wait longest, so as many more are read.
-        for receiver in self._store.deliveries.receivers(MOST_AT_ONCE + len(busy)) if room > 0 else ():
-            if len(claimed) == room:
-                break
-            if busy[receiver] < MOST_PER_RECEIVER:
+        left, taken = MOST_AT_ONCE - busy.total(), Counter[str]()
+        for receiver, count in busy.items():
+            taken[tenant_of(receiver)] += count
+        for receiver in self._store.deliveries.receivers() if left > 0 else ():
+            tenant = tenant_of(receiver)
+            if busy[receiver] < MOST_PER_RECEIVER and taken[tenant] < left:
                 delivery = self._store.deliveries.claim(receiver, self._lease_ms)
                 if delivery is not None:
                     claimed.append(delivery)
+                    taken[tenant] += 1
+                    left -= 1
+                    if left == 0:
+                        break
         return claimed
 
     async def _deliver(self, claimed: Claimed) -> None:
+        with concerning(job=claimed.job_id, tenant=claimed.snapshot.get("tenant", DEFAULT_TENANT)):
+            await self._attempt_and_settle(claimed)
+
+    async def _attempt_and_settle(self, claimed: Claimed) -> None:
         try:
             answer = await self._attempt(claimed)
         except RedisError as error:  # nothing was sent; it is due again when its lease is over
@@ -161,8 +175,9 @@ class Deliverer:
         level = logging.INFO if state is DeliveryState.DELIVERED else logging.WARNING
         # The URL's path and query may hold secrets, so host and port stand for it.
         logger.log(
-            level, "webhook %s of job %s to %s: attempt %d is %s%s", claimed.event, claimed.job_id,
-            claimed.webhook.receiver, claimed.tries + 1, state, "" if answer.error is None else f", {answer.error}",
+            level, "webhook %s of job %s to %s: attempt %d is %s%s",
+            claimed.event, claimed.job_id, host_of(claimed.webhook.receiver), claimed.tries + 1, state,
+            "" if answer.error is None else f", {answer.error}",
         )  # fmt: skip
 
 

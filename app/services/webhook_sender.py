@@ -23,7 +23,7 @@ import httpcore
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 
-from app.contracts.addresses import refusal
+from app.contracts.addresses import literal_refusal, refusal
 
 MOST_BODY_BYTES = 16_384  # of an answer, whose status alone counts
 DRAIN_S = 1.0  # time for reading it
@@ -35,7 +35,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
 class AddressRefused(Exception):
-    """A receiver's name has an address that is not public."""
+    """A receiver's name has no address, or one that is not public; which of these is not told."""
 
 
 FAILURES = (
@@ -147,12 +147,7 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        addresses = await self._resolve(host, port)
-        kinds = [] if self._allow_private else [kind for kind in map(refusal, addresses) if kind is not None]
-        if kinds:  # the address itself is not told, so that nobody can ask what inner names resolve to
-            raise AddressRefused(
-                f"{host} has an address that is {kinds[0]}, and webhooks are sent to public ones alone"
-            )
+        addresses = await self._allowed(host, port)
         failure: Exception = OSError(f"{host} has no address")
         for address in addresses:
             try:
@@ -160,6 +155,25 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
+
+    async def _allowed(self, host: str, port: int) -> list[str]:
+        """Return the addresses of a name. Raises AddressRefused, and OSError and UnicodeError where all are allowed."""
+        if self._allow_private:
+            return await self._resolve(host, port)
+        kind = literal_refusal(host)
+        if kind is not None:
+            raise AddressRefused(f"{host} is {kind}, and webhooks are sent to public addresses alone")
+        try:
+            addresses = await self._resolve(host, port)
+        except (OSError, UnicodeError):
+            addresses = []
+        # Neither addresses are told nor whether there are any, so that nobody can ask which inner names there are.
+        if not addresses or any(map(refusal, addresses)):
+            raise AddressRefused(
+                f"{host} has no public address: it cannot be resolved, or has addresses that are not public, and "
+                "webhooks are sent to public ones alone"
+            )
+        return addresses
 
 
 class Resolver:

@@ -45,7 +45,7 @@ class Webhooks:
             raise ProblemError(
                 Problem.INVALID_REQUEST, f"webhook: {message}", [FieldError(field="webhook", message=message)]
             )
-        return JobWebhook.of(asked, signer, self._progress_seconds)
+        return JobWebhook.of(asked, caller.tenant, signer, self._progress_seconds)
 
     def rotate(self, caller: Caller, overlap_seconds: int) -> CreatedSecret:
         """Make the caller's secret, or a new one. Raises ProblemError when too many sign at present."""

@@ -6,7 +6,7 @@ is sent at least once, however many deliverers there are.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -17,6 +17,7 @@ from app.contracts.webhooks import Delivery, DeliveryAttempt, DeliveryLog, Deliv
 from app.storage.keys import Keys
 from app.storage.scripts import JobScripts, source
 
+RECEIVERS_PAGE = 500
 ATTEMPTS_KEPT = 50  # newest attempts of a delivery, 8 kB; retries for 72 hours are 40 or so
 
 
@@ -61,11 +62,18 @@ class Deliveries:
         self._scripts = scripts
         self._claim = redis.register_script(source("claim_delivery"))
 
-    def receivers(self, most: int) -> list[str]:
-        """Return the receivers that something is due for, those that have waited longest first."""
-        now = self._scripts.clock()
-        found = self._redis.zrangebyscore(self._keys.receivers, "-inf", now, start=0, num=most)
-        return cast(list[str], found)
+    def receivers(self) -> Iterator[str]:
+        """Yield the receivers that something is due for, those that have waited longest first.
+
+        They are read in pages. One that is claimed from meanwhile leaves its place, so a few may be left out.
+        """
+        now, start = self._scripts.clock(), 0
+        while True:
+            found = self._redis.zrangebyscore(self._keys.receivers, "-inf", now, start=start, num=RECEIVERS_PAGE)
+            yield from cast(list[str], found)
+            if len(cast(list[str], found)) < RECEIVERS_PAGE:
+                return
+            start += RECEIVERS_PAGE
 
     def claim(self, receiver: str, lease_ms: int) -> Claimed | None:
         """Take the delivery to a receiver that has been due for longest. Returns None when none is due."""

@@ -22,6 +22,7 @@ from standardwebhooks import WebhookVerificationError
 from app.contracts.api_keys import Caller
 from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Stage, Status, TaskId
 from app.contracts.webhooks import DeliveryAttempt, DeliveryLog, DeliveryState, JobWebhook, Webhook, signer_of
+from app.observability.logs import JsonLines
 from app.services.deliverer import MOST_PER_RECEIVER, RETRY_FOR_MS, SETTLING_S, Deliverer
 from app.services.webhook_sender import Sender
 from app.storage.deliveries import ATTEMPTS_KEPT
@@ -64,10 +65,13 @@ def secret(secrets: SigningSecrets) -> str:
     return secrets.rotate(SIGNER, 0).secret
 
 
-def new_job(store: JobStore, url: str, *events: str, name: str = "topics+sentiment", **fields: Any) -> TaskId:
+def new_job(
+    store: JobStore, url: str, *events: str, name: str = "topics+sentiment", tenant: str = "default", **fields: Any
+) -> TaskId:
     asked = Webhook.model_validate({"url": url, "events": list(events) or EVERYTHING})
-    webhook = JobWebhook.of(asked, SIGNER, PROGRESS_S)
-    job = NewJob({"secret rows": "of the request"}, name, labels={"team": "ümlaut"}, webhook=webhook, **fields)
+    webhook = JobWebhook.of(asked, tenant, SIGNER, PROGRESS_S)
+    request, labels = {"secret rows": "of the request"}, {"team": "ümlaut"}
+    job = NewJob(request, name, labels=labels, tenant=tenant, webhook=webhook, **fields)
     return TaskId(job=store.records.create(job).job_id, stage=Stage.MERGE)
 
 
@@ -381,7 +385,7 @@ def test_the_log_shows_one_moment(store: JobStore) -> None:
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read)
         for _ in range(50):
-            claimed = store.deliveries.claim("127.0.0.1:1", 1000)
+            claimed = store.deliveries.claim("default 127.0.0.1:1", 1000)
             assert claimed is not None
             gone = ARRIVED.model_copy(update={"status": 410, "error": "gone"})
             assert store.deliveries.settle(claimed, gone, DeliveryState.FAILED, is_gone=True)
@@ -408,6 +412,32 @@ def test_one_receiver_that_stalls_delays_no_other_and_is_asked_by_few_at_once(
             stalled.let_go.set()
 
 
+def test_a_tenant_whose_receivers_all_stall_delays_no_other_tenant(
+    store: JobStore,
+    secrets: SigningSecrets,
+    secret: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It gets half of the places. The log of the other's delivery says whose it is."""
+    monkeypatch.setattr("app.services.deliverer.MOST_AT_ONCE", 4)
+    caplog.handler.setFormatter(JsonLines("api"))
+    with receiving(stalling) as first, receiving(stalling) as second, receiving() as receiver:
+        for stalled in (first, second) * MOST_PER_RECEIVER:
+            store.records.cancel(new_job(store, stalled.url, "job.cancelled", tenant="many").job)
+        with delivering(store, secrets, 30), caplog.at_level(logging.INFO, "app.services.deliverer"):
+            wait_until(lambda: len(first.received) + len(second.received) == 2, "half of the places to be taken")
+            job = new_job(store, receiver.url, "job.cancelled", tenant="few").job
+            store.records.cancel(job)
+            assert settled(store, job).data[0].state is DeliveryState.DELIVERED
+            assert len(first.received) + len(second.received) == 2
+            for stalled in (first, second):
+                stalled.let_go.set()
+    [line] = [line for line in map(json.loads, caplog.text.splitlines()) if job in line["message"]]
+    assert f" to 127.0.0.1:{receiver.port}: attempt 1 is delivered" in line["message"]
+    assert (line["job"], line["tenant"]) == (job, "few")
+
+
 @pytest.mark.parametrize("behaviour", [stalling, closing, endless, answering(302, Location="http://127.0.0.1/")])
 def test_whatever_a_receiver_does_a_later_attempt_arrives(
     store: JobStore, secrets: SigningSecrets, secret: str, behaviour: Callable[..., None]
@@ -428,7 +458,7 @@ def test_a_delivery_of_a_deliverer_that_died_is_due_again_when_its_lease_is_over
     with receiving() as receiver:
         task = new_job(store, receiver.url, "job.cancelled")
         store.records.cancel(task.job)
-        [name] = store.deliveries.receivers(10)
+        [name] = store.deliveries.receivers()
         claimed = store.deliveries.claim(name, lease_ms)  # by one that dies then
         assert claimed is not None
         assert store.deliveries.claim(name, lease_ms) is None
@@ -475,7 +505,7 @@ def test_the_log_is_bounded_and_what_waits_stays(
     with receiving() as receiver:
         waiting = new_job(store, receiver.url, "job.started", "job.progress")
         attempt = begun(store, waiting)
-        first = store.deliveries.claim(store.deliveries.receivers(1)[0], 10**9)  # it waits, whatever comes later
+        first = store.deliveries.claim(next(store.deliveries.receivers()), 10**9)  # it waits, whatever comes later
         assert first is not None
         for done in range(DELIVERIES_KEPT + 20):
             clock.advance(PROGRESS_S)
@@ -511,7 +541,7 @@ def test_deliveries_are_removed_with_their_job(
     with receiving(answering(500)) as receiver:
         task = new_job(store, receiver.url)
         attempt = begun(store, task)
-        [name] = store.deliveries.receivers(10)
+        [name] = store.deliveries.receivers()
         claimed = store.deliveries.claim(name, 10)
         assert claimed is not None
         store.tasks.fail(attempt, FAILURE)
@@ -522,7 +552,7 @@ def test_deliveries_are_removed_with_their_job(
         store.deliveries.release(claimed)
         with delivering(store, secrets):
             clock.advance(60)
-            wait_until(lambda: not store.deliveries.receivers(10), "the receiver to be forgotten", 10, 0.005)
+            wait_until(lambda: not list(store.deliveries.receivers()), "the receiver to be forgotten", 10, 0.005)
     assert receiver.received == []
     left = {name for name in redis.scan_iter("hooks:*") if "deliver" in name or "receivers" in name}
     assert left == set()
