@@ -134,7 +134,7 @@ class Jobs:
         return created
 
     def _create(self, job: NewJob, once: Idempotency | None) -> Created:
-        with refusing():
+        with self._room.deciding(job.tenant), refusing():
             room, uploaded = self._room.left(job.bytes_to_write), self._room.uploaded(job.tenant)
             return self._store.records.create(job, once, room, uploaded)
 
@@ -153,7 +153,7 @@ class Jobs:
 
         Raises ProblemError where the tenant has as much as it may have, or the disk has no room.
         """
-        with refusing():
+        with self._room.deciding(tenant), refusing():
             room = self._room.left(self._store.records.bytes_to_write(job_id))
             if not self._store.records.retry(job_id, room, self._room.uploaded(tenant)):
                 return None

@@ -39,17 +39,19 @@ class Room:
     def left(self, wanted: int) -> int:
         """Return how many bytes all waiting and running jobs may take on the disk, with `wanted` more.
 
-        Where these are too many, the statistics that were used longest ago make room, if that is enough.
+        What announced uploads still lack is left to them. Where the rest is too little, the statistics that were used
+        longest ago make room, if that is enough.
         """
         reserved = self._usage.reserved()
-        left = self._artifacts.free_bytes() - self._min_free
+        kept = self._min_free + self._uploads.missing_bytes()
+        left = self._artifacts.free_bytes() - kept
         if reserved + wanted <= left:
             return left
         # Running jobs have written a part of theirs already. What a crash left is nobody's, and soon removed.
         written = min(self._artifacts.assembled_bytes(), reserved)
         missing = reserved + wanted - left - written
         if missing > 0 and self._statistics.make_room(missing):
-            left = self._artifacts.free_bytes() - self._min_free
+            left = self._artifacts.free_bytes() - kept
         return left + written
 
     def require(self, wanted: int) -> None:
@@ -63,17 +65,28 @@ class Room:
         most = self._limits.of(tenant).stored_bytes
         return 0 if most is None else self._uploads.of(tenant).stored_bytes()
 
-    def require_for_upload(self, tenant: str, total: int, missing: int) -> None:
-        """Raise ProblemError where the tenant may not have an upload of so many bytes, or the disk has no room.
+    @contextmanager
+    def deciding(self, tenant: str) -> Iterator[None]:
+        """Let no other job and no upload of the tenant be taken for the same room of its own.
+
+        Raises OSError when the disk is full, or cannot be written.
+        """
+        if self._limits.of(tenant).stored_bytes is None:
+            yield
+        else:
+            with self._uploads.of(tenant).announcing():
+                yield
+
+    def require_for_upload(self, tenant: str, more: int) -> None:
+        """Raise ProblemError where the tenant may not have so many more bytes of uploads, or the disk has no room.
 
         Args:
-            total: bytes by which it is larger than it was announced before; 0 for one that goes on.
-            missing: bytes of it that are not there yet.
+            more: bytes by which an upload is larger than it was announced before; 0 for one that goes on.
         """
         most, used = self._limits.of(tenant).stored_bytes, self._usage.of(tenant) + self.uploaded(tenant)
-        if most is not None and total > 0 and used + total > most:
-            raise _problem(StorageFull(most, used, total))
-        self.require(missing)
+        if most is not None and more > 0 and used + more > most:
+            raise _problem(StorageFull(most, used, more))
+        self.require(more)
 
 
 @contextmanager

@@ -109,8 +109,7 @@ class Uploads:
     def _require_room(self, tenant: str, sha256: str, total: int) -> None:
         """Raise ProblemError where there is no room for an upload, or for the rest of it."""
         found = self.folders.of(tenant).find(sha256)
-        announced, received = (0, 0) if found is None else (found.about.bytes, found.received)
-        self.room.require_for_upload(tenant, max(0, total - announced), max(0, total - received))
+        self.room.require_for_upload(tenant, max(0, total - (0 if found is None else found.about.bytes)))
 
     async def _finish(self, tenant: str, writer: Writer) -> Upload:
         """Check a whole upload, and let jobs read it; one that is refused is dropped."""

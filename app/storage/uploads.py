@@ -140,6 +140,17 @@ class TenantUploads:
                         files[stat.st_ino] = max(SMALLEST_BYTES, stat.st_size)
         return announced + sum(files.values())
 
+    def missing_bytes(self) -> int:
+        """Return the bytes that were announced and are not there yet."""
+        missing = 0
+        with suppress(FileNotFoundError):
+            for name in os.listdir(self._folder):
+                # Most uploads are complete, and of these this alone is looked at.
+                found = self.find(name) if ADDRESS.fullmatch(name) and (self._folder / name / PART).is_dir() else None
+                if found is not None:
+                    missing += max(0, found.about.bytes - found.received)
+        return missing
+
     @contextmanager
     def announcing(self) -> Iterator[None]:
         """Wait until no other request of the tenant is between a look at the room and an upload that takes some of it.
@@ -370,6 +381,10 @@ class UploadFolders:
     def others(self, tenant: str) -> list[Path]:
         """Return the folders of all other tenants' uploads."""
         return [folder for name, folder in uploads_of_all(self._data_dir).items() if name != tenant]
+
+    def missing_bytes(self) -> int:
+        """Return the bytes that were announced, by whichever tenant, and are not there yet."""
+        return sum(self.of(tenant).missing_bytes() for tenant in self.tenants())
 
     def tenants(self) -> list[str]:
         """Return the tenants that may have uploads."""

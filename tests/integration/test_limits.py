@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress
 from app.contracts.limits import Limits, NoRoom, QueueFull, StorageFull, TenantLimits
 from app.contracts.settings import Settings
 from app.main import create_app
+from app.services.limits import Room
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.jobs import JobStore
@@ -235,7 +236,7 @@ def test_a_disk_that_would_fill_up_refuses_at_the_door_with_what_waiting_jobs_wi
 ) -> None:
     free = open_artifacts("folder", tmp_path)
     free.prepare()
-    roomy = new_api()
+    roomy = new_api(max_upload_bytes=2**60)
     bytes_to_write = roomy.post("/merge/validate", json=RECIPE).json()["bytes_to_write"]
     kept = free.free_bytes() - 100 * 2**20  # other programs write meanwhile
     assert kept > 0
@@ -252,6 +253,38 @@ def test_a_disk_that_would_fill_up_refuses_at_the_door_with_what_waiting_jobs_wi
     store.records.cancel(waiting)
     assert_problem(api.post(f"/jobs/{waiting}/retry"), 507, "no_space")
     assert api.post("/merge", json=RECIPE).status_code == 202
+    upload, size = f"/uploads/{'0' * 64}", free.free_bytes() // 2
+    header, params = {"Content-Range": f"bytes */{size}"}, {"name": "model.safetensors"}
+    assert roomy.put(upload, params=params, headers=header).status_code == 202
+    assert_problem(api.post("/merge", json=RECIPE), 507, "no_space")  # what is announced is left to the upload
+    assert roomy.delete(upload).status_code == 204
+    assert api.post("/merge/validate", json=RECIPE).status_code == 200
+
+
+def test_a_job_and_an_upload_are_not_both_taken_for_the_last_room(
+    new_api: NewApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free, size = Room.uploaded, 10**6
+    with ThreadPoolExecutor(1) as other:
+        limited = new_api(max_stored_bytes=size)
+        asked, statuses = Event(), list[Future[int]]()
+
+        def uploaded(room: Room, tenant: str) -> int:
+            """An upload is announced just after what there is was counted for the job."""
+            found = free(room, tenant)
+            if not asked.is_set():
+                asked.set()
+                statuses.append(other.submit(announced))
+                wait(statuses, timeout=0.5)
+            return found
+
+        def announced() -> int:
+            header, params = {"Content-Range": f"bytes */{size}"}, {"name": "model.safetensors"}
+            return limited.put(f"/uploads/{'0' * 64}", params=params, headers=header).status_code
+
+        monkeypatch.setattr(Room, "uploaded", uploaded)
+        assert limited.post("/merge", json=RECIPE).status_code == 202
+        assert statuses[0].result(30) == 413
 
 
 def test_the_room_is_decided_where_the_job_is_made(redis: Redis) -> None:

@@ -425,7 +425,7 @@ def test_a_tenant_whose_receivers_all_stall_delays_no_other_tenant(
     with receiving(stalling) as first, receiving(stalling) as second, receiving() as receiver:
         for stalled in (first, second) * MOST_PER_RECEIVER:
             store.records.cancel(new_job(store, stalled.url, "job.cancelled", tenant="many").job)
-        with delivering(store, secrets, 30), caplog.at_level(logging.INFO, "app.services.deliverer"):
+        with caplog.at_level(logging.INFO, "app.services.deliverer"), delivering(store, secrets, 30):
             wait_until(lambda: len(first.received) + len(second.received) == 2, "half of the places to be taken")
             job = new_job(store, receiver.url, "job.cancelled", tenant="few").job
             store.records.cancel(job)
