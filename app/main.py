@@ -70,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Merges fine-tuned language models by the Fisher information of their mask nodes",
         version=version("maskmerge"),
         lifespan=lifespan,
+        openapi_url=None,  # `app.api.docs` has it
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,  # it would redirect to whatever host the caller names

@@ -1,7 +1,9 @@
 """Makes the OpenAPI document: FastAPI's own, with the answers added that it cannot see in the routes."""
 
+import json
 from collections.abc import Iterator
 from functools import cache
+from threading import Lock
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +19,7 @@ SCHEME = {
     "scheme": "bearer",
     "description": "An API key, `mm_…`. While none was ever made, requests from this machine need none.",
 }
+_writing = Lock()
 Responses = dict[int | str, dict[str, Any]]
 
 NOTES = """Every refusal is a problem document (RFC 9457) with a stable `code`. HEAD is answered wherever GET is, with
@@ -92,9 +95,18 @@ class Api(FastAPI):
     Its every answer is observed.
     """
 
+    _written: bytes | None = None
+
     def build_middleware_stack(self) -> ASGIApp:
         """Put `Observed` around the middleware that answers unexpected errors, which no other is around."""
         return Observed(super().build_middleware_stack(), self.state.metrics, self.state.tracer)
+
+    def written(self) -> bytes:
+        """Return the document as JSON. It is made once, by one thread."""
+        with _writing:
+            if self._written is None:
+                self._written = json.dumps(self.openapi(), ensure_ascii=False, separators=(",", ":")).encode()
+            return self._written
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:

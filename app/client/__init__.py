@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.client.asynchronous import AsyncClient
 from app.client.blocking import Client
-from app.client.errors import ClientError, DownloadFailed, NoService, Refused, Unreachable, UploadFailed
+from app.client.errors import ClientError, DownloadFailed, NoService, Refused, TimedOut, Unreachable, UploadFailed
 from app.contracts.api_keys import CreatedKey, Key, NewKey, Scope
 from app.contracts.artifacts import FileEntry, Listing
 from app.contracts.errors import FieldError
@@ -58,6 +58,7 @@ __all__ = [
     "ScoresEntry",
     "Status",
     "StatusChange",
+    "TimedOut",
     "Unreachable",
     "UploadFailed",
 ]

@@ -85,8 +85,8 @@ class AsyncClient:
     ) -> AsyncIterator[JobSummary]:
         return self._each(steps.each_job(status, labels, page_size))
 
-    async def wait(self, job_id: str) -> Job:
-        job: Job = await self._done(steps.wait(job_id))
+    async def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        job: Job = await self._done(steps.wait(job_id, timeout_s))
         return job
 
     def events(self, job_id: str, last_event_id: int | None = None) -> AsyncIterator[Event]:

@@ -108,12 +108,14 @@ class Client:
         """Yield all jobs in this state and with these labels, newest first. Pages are fetched as they are needed."""
         return self._each(steps.each_job(status, labels, page_size))
 
-    def wait(self, job_id: str) -> Job:
-        """Wait for the job's end, and return it; `deadline_seconds` of a request limits how long that takes.
+    def wait(self, job_id: str, *, timeout_s: float | None = None) -> Job:
+        """Wait for the job's end, and return it. A service that is away is waited for, for at most a minute.
 
-        A service that is away is waited for, for at most a minute.
+        Args:
+            timeout_s: seconds after which `TimedOut` is raised while the job goes on; None waits for its end, however
+                long that takes. `deadline_seconds` of a request ends the job itself.
         """
-        job: Job = self._done(steps.wait(job_id))
+        job: Job = self._done(steps.wait(job_id, timeout_s))
         return job
 
     def events(self, job_id: str, last_event_id: int | None = None) -> Iterator[Event]:

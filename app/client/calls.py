@@ -81,8 +81,10 @@ def validate(recipe: Recipe) -> Call[Plan]:
     return Call("POST", "/merge/validate", _model(Plan), headers={"Content-Type": media_type}, content=content)
 
 
-def job(job_id: str) -> Call[Job]:
-    return Call("GET", f"/jobs/{_part(job_id)}", _model(Job))
+def job(job_id: str, wait_s: int = 0) -> Call[Job]:
+    """Args: wait_s: seconds for which the service waits for a change of a job that has not ended."""
+    headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
+    return Call("GET", f"/jobs/{_part(job_id)}", _model(Job), headers=headers)
 
 
 def jobs(after: str | None, status: str | None, labels: Mapping[str, str] | None, page_size: int) -> Call[JobPage]:

@@ -3,6 +3,7 @@
 ClientError
 ├── Refused          the service answered with a problem
 ├── Unreachable      no answer came
+├── TimedOut         a job had not ended in the time that was given
 ├── NoService        the answer is not from a service that this client knows
 ├── DownloadFailed   a file did not arrive as it was announced, or cannot be put where it belongs
 └── UploadFailed     there is nothing that could be uploaded
@@ -62,6 +63,10 @@ class Refused(ClientError):
 
 class Unreachable(ClientError):
     """No whole answer came: nothing listens there, the connection was lost, or the time was over."""
+
+
+class TimedOut(ClientError, TimeoutError):
+    """A job had not ended in the time that was given. It goes on."""
 
 
 class NoService(ClientError):

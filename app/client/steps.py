@@ -14,14 +14,15 @@ from pydantic import ValidationError
 
 from app.client import calls
 from app.client.calls import Call
-from app.client.errors import ClientError, NoService, Refused, Unreachable
+from app.client.errors import ClientError, NoService, Refused, TimedOut, Unreachable
 from app.contracts.events import KINDS, Event, EventKind, LogEntry
-from app.contracts.jobs import JobPage
+from app.contracts.jobs import Job, JobPage
 from app.contracts.scores import ScoresPage
 from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 
 RECONNECT_S = 1.0
 MOST_DIGITS = 18  # of an event's number
+LONGEST_POLL_S = 10  # less than the time that an answer has to begin
 PATIENCE_S = 60.0  # a service that is started again is back by then
 AGAIN = (429, 502, 503, 504)  # statuses after which the same request may succeed
 
@@ -124,9 +125,29 @@ def log(job_id: str, last_event_id: int | None = None) -> Steps:
     yield from _follow(job_id, last_event_id, lambda event: event.data if isinstance(event.data, LogEntry) else None)
 
 
-def wait(job_id: str) -> Steps:
-    yield from _follow(job_id, None, lambda event: None)
-    yield Emit((yield Send(calls.job(job_id))))
+def wait(job_id: str, timeout_s: float | None = None) -> Steps:
+    """Emit the job once it has ended. Raises TimedOut where it has not within `timeout_s`."""
+    if timeout_s is None:
+        yield from _follow(job_id, None, lambda event: None)
+        yield Emit((yield Send(calls.job(job_id))))
+        return
+    deadline, patience = time.monotonic() + timeout_s, Patience()
+    state = "not known"
+    while True:
+        pause, left = RECONNECT_S, deadline - time.monotonic()
+        try:
+            job: Job = yield Send(calls.job(job_id, max(0, min(int(left), LONGEST_POLL_S))))
+            if job.status.is_final:
+                yield Emit(job)
+                return
+            state = job.status.value
+            patience.reset()
+        except (Unreachable, Refused) as error:
+            pause = patience.pause_s(error)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut(f"job {job_id} has not ended within {timeout_s:g} s; its state is {state}, and it goes on")
+        yield Sleep(min(pause, left))
 
 
 def _follow(job_id: str, last_event_id: int | None, pick: Callable[[Event], Any]) -> Steps:

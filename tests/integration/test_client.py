@@ -29,6 +29,7 @@ from app.client import (
     Refused,
     Status,
     StatusChange,
+    TimedOut,
     Unreachable,
     steps,
 )
@@ -71,6 +72,21 @@ def both(call: Callable[[Any], Any], url: str, **options: Any) -> list[Any]:
 
 def _listed(found: Any) -> Any:
     return list(found) if inspect.isgenerator(found) else found
+
+
+def test_a_job_is_waited_for_as_long_as_is_allowed() -> None:
+    """The service is asked to hold each answer back for no longer than is left."""
+    running, ended = (sends(200, job_body(status=status)) for status in ("running", "succeeded"))
+    with Server(running) as server:
+        for late in both(lambda client: client.wait(JOB_ID, timeout_s=1.05), server.url):
+            assert isinstance(late, TimedOut)
+            assert isinstance(late, TimeoutError)
+            assert f"job {JOB_ID} has not ended within 1.05 s; its state is running" in str(late)
+        assert server.asked[0][2]["prefer"] == "wait=1"
+        assert "prefer" not in server.asked[-1][2]
+    with Server(refuses(503, "not_ready"), running, ended) as server:
+        for job in both(lambda client: client.wait(JOB_ID, timeout_s=30), server.url):
+            assert job.status is Status.SUCCEEDED
 
 
 def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
