@@ -30,6 +30,7 @@ from app.tls import Certificate
 MOST_CONNECTIONS = 1000
 MOST_HEADER_BYTES = 16_384  # counted for each request, with its first line
 RENEWING_BYTES = 1_000_000
+HANDSHAKE_S = 5.0  # clients are not counted before it is over, and every one of them holds an open file
 OTHER_FILES = 400  # those that the process may have open beside its clients' connections, most of them to Redis
 SENT_BYTES = 32 << 20  # of a file, by a thread, before it turns to another
 SENDERS = 8  # threads that send files, so that others stay free to answer
@@ -92,6 +93,14 @@ class Server(uvicorn.Server):
         """Why the server has ended, if Redis was away at first and then had what a newer release has written."""
         refused: NewerData | None = self._upgrade.refused
         return refused
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. A client that is slow to agree on TLS has no place among the connections yet, and is cut off soon."""
+        if self._certificate is not None:
+            loop: Any = asyncio.get_running_loop()
+            # uvicorn has no setting for it, and asyncio would wait for a minute.
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_S)
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         if self._certificate is not None and counter % RENEWAL_TICKS == 0:

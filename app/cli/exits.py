@@ -51,6 +51,15 @@ def outcome(job: "Job") -> Exit:
     return Exit.NOT_ACCEPTED if is_refused else Exit.OK
 
 
+SIGNS = {
+    "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE names the file of a private authority",
+    "WRONG_VERSION_NUMBER": "what listens there speaks no TLS, so its URL begins with http://",
+    "RECORD_LAYER_FAILURE": "what listens there speaks no TLS, so its URL begins with http://",
+    "without sending a response": "something listens there; if it speaks TLS, its URL begins with https://",
+}
+"""What to do about a service that does not answer, by what the libraries say of the connection."""
+
+
 @contextmanager
 def interruptible(message: str) -> Iterator[None]:
     """End the command with a message when it is interrupted."""
@@ -74,9 +83,8 @@ def explained(error: Exception) -> Stop | None:
         hint = "; commands take the API key from MASKMERGE_API_KEY" if error.code == "unauthenticated" else ""
         return Stop(error.detail + hint + (f" (request {error.request_id})" if error.request_id else ""))
     if isinstance(error, Unreachable):
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return Stop(f"{error}; SSL_CERT_FILE names the file of a private authority", Exit.UNREACHABLE)
-        return Stop(f"{error}; `maskmerge serve` starts a service", Exit.UNREACHABLE)
+        hints = (hint for sign, hint in SIGNS.items() if sign in str(error))
+        return Stop(f"{error}; {next(hints, '`maskmerge serve` starts a service')}", Exit.UNREACHABLE)
     if isinstance(error, NoService):
         return Stop(str(error), Exit.UNREACHABLE)
     return Stop(str(error)) if isinstance(error, ClientError) else None

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -101,11 +101,13 @@ def test_clients_of_the_authority_are_served_and_no_connection_is_older_than_tls
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://localhost:{settings.port}/healthz")
 
-        command = [sys.executable, "-m", "app.cli", "download", "0" * 28, "--url", url, "--output", str(tmp_path / "o")]
-        for environment, said in (
-            ({"SSL_CERT_FILE": str(tmp_path / "authority.pem")}, "there is no job"),
-            ({}, "SSL_CERT_FILE names"),
+        for address, environment, said in (
+            (url, {"SSL_CERT_FILE": str(tmp_path / "authority.pem")}, "there is no job"),
+            (url, {}, "SSL_CERT_FILE names"),
+            (url.replace("https:", "http:"), {}, "if it speaks TLS, its URL begins with https://"),
         ):
+            command = [sys.executable, "-m", "app.cli", "download", "0" * 28, "--url", address]
+            command += ["--output", str(tmp_path / "o")]
             variables = {**os.environ, **environment}
             done = subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, check=False)
             assert done.returncode != 0
@@ -122,6 +124,22 @@ def test_clients_of_the_authority_are_served_and_no_connection_is_older_than_tls
         write(authority.issue_cert("localhost"), files)
         kept.renew()
         assert serial(settings, modern) != first
+
+
+def test_clients_that_do_not_agree_on_tls_are_cut_off_soon_and_disturb_nobody(
+    settings: Settings, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.server.HANDSHAKE_S", 0.5)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    with served(settings), ExitStack() as stalling:
+        silent = [
+            stalling.enter_context(socket.create_connection(("127.0.0.1", settings.port), timeout=HANGS_S))
+            for _ in range(50)
+        ]
+        assert httpx.get(f"https://localhost:{settings.port}/healthz", verify=trusting).json() == {"status": "ok"}
+        for connection in silent:
+            assert connection.recv(1) == b""
 
 
 def test_the_service_on_tls_says_that_it_is_ready(settings: Settings, files: dict[str, Path], tmp_path: Path) -> None:
