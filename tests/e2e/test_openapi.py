@@ -81,7 +81,7 @@ def test_what_there_is_answers_as_the_document_says(service: Service, job: dict[
         assert http.put(f"/uploads/{sha256}", params={"name": "rows.jsonl"}, content=b"{}").status_code == 201
     report = find_faults(
         service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}|/redeliver$", "--exclude-method", "DELETE",
-        "--phases", "coverage,fuzzing", "-n", "10",
+        "--phases", "coverage,fuzzing", "-n", "4",
         job_id=job["id"], digest=digest, key_id=key, name="models/a/config.json",
         sha256=sha256, n="1",
     )  # fmt: skip
@@ -97,7 +97,7 @@ def test_what_there_is_not_answers_as_the_document_says(service: Service, tmp_pa
 
 def test_recipes_are_answered_as_the_document_says(service: Service, job: dict[str, Any], tmp_path: Path) -> None:
     """Their schemas have thousands of edges, which the phase `coverage` tries all; it runs before releases."""
-    find_faults(service, tmp_path, "--include-path-regex", TAKE_RECIPES, "--phases", "examples,fuzzing", "-n", "10")
+    find_faults(service, tmp_path, "--include-path-regex", TAKE_RECIPES, "--phases", "examples,fuzzing", "-n", "5")
 
 
 def test_operations_follow_each_other_as_the_document_says(
@@ -109,7 +109,7 @@ def test_operations_follow_each_other_as_the_document_says(
     service.key = made["key"]
     try:
         report = find_faults(
-            service, tmp_path, "--phases", "stateful", "--mode", "positive", "-n", "12",
+            service, tmp_path, "--phases", "stateful", "--mode", "positive", "-n", "6",
             "--exclude-path-regex", f"^/scores$|{SENDS}", hooks=tiny_recipe("a", "b", name="average"),
         )  # fmt: skip
         jobs = service.get("/jobs", params={"limit": 100}).json()["data"]

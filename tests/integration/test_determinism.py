@@ -71,12 +71,12 @@ def by_rows() -> list[str]:
 def test_the_number_of_threads_does_not_change_a_bit(checkpoints: list[Path], tmp_path: Path, method: str) -> None:
     """Of the merge: statistics are measured once, and found by the merges after that."""
     found = {}
-    for threads in (1, 2, 5):
+    for threads in (1, 3):
         torch.set_num_threads(threads)
         found[threads] = merge(checkpoints, tmp_path / str(threads), method, tmp_path / "store")
-    assert found[1] == found[2] == found[5]
+    assert found[1] == found[3]
     tensors = inspect_checkpoint(checkpoints[0], "m0").tensors.values()
     assert sum(len(row_blocks(tensor.shape)) > 1 for tensor in tensors) >= 5
-    written = {name: digest_file(tmp_path / "5" / name) for name in found[5]}
-    assert written == found[5]
+    written = {name: digest_file(tmp_path / "3" / name) for name in found[3]}
+    assert written == found[3]
     assert len([name for name in written if name.startswith("models/m0/model-")]) > 5

@@ -57,8 +57,17 @@ def spec_of(file: Path) -> DatasetSpec:
 
 @pytest.fixture(scope="module", params=DECODERS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
-    root = tmp_path_factory.mktemp(request.param)
-    tiny = DECODERS[request.param]
+    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Siblings:
+    """With matrices by themselves, and with fused ones that are stored as (inputs, outputs)."""
+    return make_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def make_case(name: str, root: Path) -> Siblings:
+    tiny = DECODERS[name]
     for seed, name in enumerate(("one", "two"), start=1):
         tiny_checkpoint(root / name, family=tiny, seed=seed, task="CausalLM")
         write_objects(root / f"{name}.jsonl", [{"text": text} for text in tiny_texts(ROWS, seed)])
@@ -169,21 +178,29 @@ def losses(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int, in
     return total, hits, count
 
 
-@pytest.mark.parametrize("metric", ["loss", "perplexity", "token_accuracy"])
-def test_metrics_are_those_of_transformers(case: Siblings, engine: Engine, tmp_path: Path, metric: str) -> None:
+def test_losses_are_those_of_transformers(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    assert_metrics(case, engine, tmp_path, "loss")
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "token_accuracy"])
+def test_metrics_are_those_of_transformers(form: Siblings, engine: Engine, tmp_path: Path, metric: str) -> None:
+    assert_metrics(form, engine, tmp_path, metric)
+
+
+def assert_metrics(case: Siblings, engine: Engine, folder: Path, metric: str) -> None:
     specs = []
-    for name, folder in case.models.items():
+    for name, model in case.models.items():
         evaluation = EvaluationSpec(**case.spec(name).model_dump(), metric=metric)
-        specs.append(model_spec(folder, None, evaluation=evaluation))
-    result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": "average"}, evaluate=True), silent)
+        specs.append(model_spec(model, None, evaluation=evaluation))
+    result = engine.merge(merge_spec(folder / "out", specs, {"name": "average"}, evaluate=True), silent)
     assert result.metrics is not None
-    for name, folder in case.models.items():
+    for name, model in case.models.items():
         texts = [row["text"] for row in case.rows(name)]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(model)
         found = result.metrics[name]
         assert found.merged_kept_head is None
         values = {}
-        for version, path in case.versions(name, tmp_path / "out" / "model").items():
+        for version, path in case.versions(name, folder / "out" / "model").items():
             total, hits, count = losses(case.exact(path), tokenizer, texts)
             loss = total / count
             values[version] = {"loss": loss, "perplexity": math.exp(loss), "token_accuracy": hits / count}[metric]
@@ -194,27 +211,49 @@ def test_metrics_are_those_of_transformers(case: Siblings, engine: Engine, tmp_p
         assert found.retention == (None if kept is None else pytest.approx(kept, rel=1e-3))
 
 
-@pytest.mark.parametrize("method", MEASURED)
-def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
-    folder = case.models["one"]
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    """By the method that measures masks and matrices of inputs."""
+    assert_itself(case, engine, tmp_path, "mask_regmean")
+
+
+@pytest.mark.parametrize("method", [method for method in MEASURED if method != "mask_regmean"])
+def test_a_model_merged_with_itself_by_another_method_is_itself(
+    form: Siblings, engine: Engine, tmp_path: Path, method: str
+) -> None:
+    assert_itself(form, engine, tmp_path, method)
+
+
+def assert_itself(case: Siblings, engine: Engine, folder: Path, method: str) -> None:
+    model = case.models["one"]
     specs = [
-        model_spec(folder, None, name=name, dataset=case.spec(rows))
+        model_spec(model, None, name=name, dataset=case.spec(rows))
         for name, rows in (("first", "one"), ("second", "two"))
     ]
-    engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
-    assert_same_model(tmp_path / "out" / "model", folder)
+    engine.merge(merge_spec(folder / "out", specs, {"name": method}), silent)
+    assert_same_model(folder / "out" / "model", model)
 
 
-@pytest.mark.parametrize("method", MEASURED)
-def test_a_measured_merge_is_no_average_and_loads(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
-    specs = [model_spec(folder, None, dataset=case.spec(name)) for name, folder in case.models.items()]
-    result = engine.merge(merge_spec(tmp_path / "out", specs, {"name": method}), silent)
+def test_a_measured_merge_is_no_average_and_loads(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    """By the method that also runs each layer by itself."""
+    assert_measured(case, engine, tmp_path, "aligned_regmean")
+
+
+@pytest.mark.parametrize("method", [method for method in MEASURED if method != "aligned_regmean"])
+def test_a_merge_measured_by_another_method_is_no_average_and_loads(
+    form: Siblings, engine: Engine, tmp_path: Path, method: str
+) -> None:
+    assert_measured(form, engine, tmp_path, method)
+
+
+def assert_measured(case: Siblings, engine: Engine, folder: Path, method: str) -> None:
+    specs = [model_spec(model, None, dataset=case.spec(name)) for name, model in case.models.items()]
+    result = engine.merge(merge_spec(folder / "out", specs, {"name": method}), silent)
     assert [model.examples for model in result.models] == [ROWS, ROWS]
-    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    _, report = AutoModelForCausalLM.from_pretrained(folder / "out" / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     one, two, merged = (
-        load_file(folder / "model.safetensors") for folder in (*case.models.values(), tmp_path / "out" / "model")
+        load_file(model / "model.safetensors") for model in (*case.models.values(), folder / "out" / "model")
     )
     assert all(bool(torch.isfinite(tensor).all()) for tensor in merged.values())
     assert any(not torch.allclose(merged[name], (one[name] + two[name]) / 2, atol=1e-4) for name in merged)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def ending(folder: Path, family: TinyFamily, seed: int = 5) -> Path:
 
 @pytest.fixture(scope="module", params=DECODERS)
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose rows end at different places."""
     root = tmp_path_factory.mktemp(request.param)
     made = (ending(root / str(seed), DECODERS[request.param], seed) for seed in range(5, 50))
     return next(folder for folder in made if len({tokens for _, tokens in written_alone(folder)}) > 2)
@@ -75,6 +77,7 @@ def predictions_of(loaded: LoadedModel, spec: EvaluationSpec, rows: list[Row]) -
     return predict(loaded, examples, "float32", silent, spec)
 
 
+@cache
 def written_alone(checkpoint: Path) -> list[tuple[str, int]]:
     """By transformers, a row at a time: the text and the number of its tokens, without an end token."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -90,12 +93,19 @@ def written_alone(checkpoint: Path) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("held", [HELD_TOKENS, 60])
-def test_rows_together_are_written_as_each_alone(decoder: Path, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    monkeypatch.setattr(generation, "HELD_TOKENS", held)
-    alone = written_alone(decoder)
-    assert len({tokens for _, tokens in alone}) > 2  # they end at different places
-    loaded, spec = load(inspect_checkpoint(decoder, "m"), CPU), spec_of(Path("rows.jsonl"))
+def test_rows_together_are_written_as_each_alone(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "HELD_TOKENS", 60)  # so that there are several batches
+    assert_written_as_alone(decoder)
+
+
+def test_rows_are_written_in_one_batch_too(checkpoint: Path) -> None:
+    assert sum(len(text.split()) + NEW for text in texts()) < HELD_TOKENS
+    assert_written_as_alone(checkpoint)
+
+
+def assert_written_as_alone(checkpoint: Path) -> None:
+    alone = written_alone(checkpoint)
+    loaded, spec = load(inspect_checkpoint(checkpoint, "m"), CPU), spec_of(Path("rows.jsonl"))
     rows = [
         Row(Place("row", number), text, None, None, target)  # bytes that no file may hold may be among what is written
         for number, (text, (target, _)) in enumerate(zip(texts(), alone, strict=True), start=1)

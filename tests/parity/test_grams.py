@@ -97,16 +97,22 @@ def test_a_gram_matrix_is_the_mean_of_outer_products_over_tokens_without_padding
     assert checked == set(found)
 
 
-def test_neither_order_nor_batches_nor_passes_matter(case: Case) -> None:
-    whole = case.measured(case.examples)
-    turned = case.measured(case.examples[::-1])
-    one_by_one = [case.measured([example], case.inputs) for example in case.examples]
-    tokens = torch.tensor([float(example.length) for example in case.examples], dtype=torch.float64)
-    smallest = min(8 * one.width**2 for one in case.inputs)
-    passes = in_passes(case.inputs, smallest)
-    assert [one for group in passes for one in group] == list(case.inputs)
+@pytest.fixture(scope="module", params=["bert", "albert", "gpt2", "bart"])
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A family of each form: how passes are divided does not depend on a table's names."""
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_neither_order_nor_batches_nor_passes_matter(form: Case) -> None:
+    whole = form.measured(form.examples)
+    turned = form.measured(form.examples[::-1])
+    one_by_one = [form.measured([example], form.inputs) for example in form.examples]
+    tokens = torch.tensor([float(example.length) for example in form.examples], dtype=torch.float64)
+    smallest = min(8 * one.width**2 for one in form.inputs)
+    passes = in_passes(form.inputs, smallest)
+    assert [one for group in passes for one in group] == list(form.inputs)
     assert len(passes) > 2
-    in_parts = {name: gram for group in passes for name, gram in case.measured(case.examples, group).items()}
+    in_parts = {name: gram for group in passes for name, gram in form.measured(form.examples, group).items()}
     for name, gram in whole.items():
         torch.testing.assert_close(turned[name], gram, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(in_parts[name], gram, rtol=1e-6, atol=1e-6)
@@ -116,10 +122,10 @@ def test_neither_order_nor_batches_nor_passes_matter(case: Case) -> None:
         torch.testing.assert_close(mean, gram.double(), rtol=1e-4, atol=1e-5)
 
 
-def test_with_scores_in_one_pass_both_have_the_bits_of_passes_of_their_own(case: Case, tmp_path: Path) -> None:
+def test_with_scores_in_one_pass_both_have_the_bits_of_passes_of_their_own(form: Case, tmp_path: Path) -> None:
     with StatisticsStore(tmp_path / "one", 10**9) as one, StatisticsStore(tmp_path / "two", 10**9) as two:
-        together, passes = case.kept(one, {GRAM, NODE_FISHER})
-        apart, passes_apart = case.kept(two, {NODE_FISHER}, {GRAM})
+        together, passes = form.kept(one, {GRAM, NODE_FISHER})
+        apart, passes_apart = form.kept(two, {NODE_FISHER}, {GRAM})
         assert passes_apart == 2 * passes
         assert together.keys() == apart.keys()
         assert all(torch.equal(together[name], apart[name]) for name in apart)
@@ -128,10 +134,10 @@ def test_with_scores_in_one_pass_both_have_the_bits_of_passes_of_their_own(case:
     }
 
 
-def test_the_model_is_left_as_it_was(case: Case) -> None:
-    case.measured(case.examples[:2])
-    assert not any(module._forward_pre_hooks for module in case.loaded.model.modules())
-    assert len(case.loaded.model(**{k: torch.tensor([v]) for k, v in case.examples[0].encoding.items()}).logits) == 1
+def test_the_model_is_left_as_it_was(form: Case) -> None:
+    form.measured(form.examples[:2])
+    assert not any(module._forward_pre_hooks for module in form.loaded.model.modules())
+    assert len(form.loaded.model(**{k: torch.tensor([v]) for k, v in form.examples[0].encoding.items()}).logits) == 1
 
 
 def test_an_overflow_is_named_with_its_row(tmp_path: Path) -> None:

@@ -124,6 +124,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module", params=["bert", "deberta-v3", "gpt2", "llama", "gemma2"])
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A family of each form."""
+    return Case(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="module")
 def albert(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case("albert", tmp_path_factory.mktemp("albert"))
@@ -356,11 +362,11 @@ def test_each_layer_gets_what_it_gets_in_the_model(case: Case) -> None:
                     torch.testing.assert_close(x, seen[0].flatten(0, -2)[is_text], rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_kept_of_a_layer_spares_passes_and_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_of_a_layer_spares_passes_and_changes_nothing(form: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for keeping in (0, 10**9):
         monkeypatch.setattr(layer_alignment, "most_tokens_kept", lambda hidden, keeping=keeping: keeping)
-        found.append(case.align(case.experts(), case.average()))
+        found.append(form.align(form.experts(), form.average()))
     torch.testing.assert_close(*found, rtol=0, atol=2e-5)
 
 
@@ -444,11 +450,11 @@ def test_methods_that_refit_whole_blocks_are_refused_where_layers_share_their_we
             plan_job(method, ["two", "three"], infos, OutputSpec(), None)
 
 
-def test_experts_that_are_the_start_leave_it_as_it_is(case: Case) -> None:
-    first, second = case.folders
-    experts = [case.expert(first, folder.with_suffix(".jsonl"), 1.0) for folder in (first, second)]
-    merged = case.loaded(first).model
-    changes = case.align(experts, merged)
+def test_experts_that_are_the_start_leave_it_as_it_is(form: Case) -> None:
+    first, second = form.folders
+    experts = [form.expert(first, folder.with_suffix(".jsonl"), 1.0) for folder in (first, second)]
+    merged = form.loaded(first).model
+    changes = form.align(experts, merged)
     assert max(float(change.abs().max()) for change in changes.values()) < 1e-5
     for model in (merged, *(expert.loaded.model for expert in experts)):
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -167,24 +167,38 @@ def test_fisher_information_is_that_of_autograd(case: Siblings) -> None:
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max()) + 1e-9)
 
 
+def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path) -> None:
+    """By the method that measures masks and matrices of inputs."""
+    folder = merged_with_itself(engine, tmp_path / "out", case, "mask_regmean")
+    assert_same_model(folder / "model", case.models["one"])
+
+
 @pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "aligned_regmean"])
-def test_a_model_merged_with_itself_is_itself(case: Siblings, engine: Engine, tmp_path: Path, method: str) -> None:
+def test_by_another_method_it_is_itself_too(engine: Engine, tmp_path: Path, method: str) -> None:
+    case = made(tmp_path, TINY_FAMILIES["bert"])
     folder = merged_with_itself(engine, tmp_path / "out", case, method)
     assert_same_model(folder / "model", case.models["one"])
 
 
-@pytest.mark.parametrize("metric", ["perplexity", "token_accuracy"])
-def test_siblings_merge_with_their_heads_and_metrics_are_those_of_transformers(
-    case: Siblings, engine: Engine, tmp_path: Path, metric: str
+def test_siblings_merge_with_their_heads_and_losses_are_those_of_transformers(
+    case: Siblings, engine: Engine, tmp_path: Path
 ) -> None:
+    assert_metric(case, engine, tmp_path, "perplexity")
+
+
+def test_accuracy_is_that_of_transformers(engine: Engine, tmp_path: Path) -> None:
+    assert_metric(made(tmp_path, TINY_FAMILIES["bert"]), engine, tmp_path, "token_accuracy")
+
+
+def assert_metric(case: Siblings, engine: Engine, folder: Path, metric: str) -> None:
     specs = case.evaluated(metric, rows="")
-    result = engine.merge(merge_spec(tmp_path / "out", specs, evaluate=True), silent)
-    _, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    result = engine.merge(merge_spec(folder / "out", specs, evaluate=True), silent)
+    _, report = AutoModelForMaskedLM.from_pretrained(folder / "out" / "model", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert result.metrics is not None
     for name in case.models:
-        for version, path in case.versions(name, tmp_path / "out" / "model").items():
+        for version, path in case.versions(name, folder / "out" / "model").items():
             model = case.exact(path)
             total, hits, count = 0.0, 0, 0
             for text in texts_of(case, name):

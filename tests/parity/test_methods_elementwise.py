@@ -791,24 +791,6 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     return tiny_base(root / "base"), [tiny_checkpoint(root / f"m{seed}", seed=seed) for seed in range(2)]
 
 
-@pytest.mark.parametrize("method", EVERY)
-def test_threads_change_no_bit(method: str, drifted: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    base, checkpoints = drifted
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            models = [model_spec(checkpoint) for checkpoint in checkpoints[: models_of(method)]]
-            spec = merge_spec(tmp_path / str(threads), models, METHODS[method].parameters(name=method).model_dump())
-            origin = CheckpointSpec(source="local:base", path=base)
-            Engine(torch.device("cpu")).merge(spec.model_copy(update={"base": origin}), silent)
-            found.append(read_model(spec.folder / "models" / "m0"))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-
-
 # --- what results say of it --------------------------------------------------------------------------
 
 
