@@ -18,10 +18,8 @@ from tests.tiny import merge_spec, model_spec, tiny_base, tiny_checkpoint
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
 from worker.engine.catalog.contracts.spec import MergeSpec
-from worker.engine.catalog.planning.plan import MergePlan
-from worker.engine.catalog.planning.planner import plan_merge
-from worker.engine.reporting.charts import Scale, heat
-from worker.engine.reporting.colours import (
+from worker.engine.catalog.drawing.charts import Scale, heat
+from worker.engine.catalog.drawing.colours import (
     AMOUNT_DARK,
     AMOUNT_LIGHT,
     BALANCE_DARK,
@@ -32,11 +30,13 @@ from worker.engine.reporting.colours import (
     MARKS,
     TEXT,
 )
+from worker.engine.catalog.drawing.html import element, table
+from worker.engine.catalog.planning.plan import MergePlan
+from worker.engine.catalog.planning.planner import plan_merge
 from worker.engine.reporting.contents import BLOCKS, MOST_CELLS, Contents, of_scores, rounded
 from worker.engine.reporting.figures.certainty import certainty
 from worker.engine.reporting.figures.comparisons import candidates, versions
 from worker.engine.reporting.figures.search import search
-from worker.engine.reporting.html import element, table
 from worker.engine.reporting.page import merge_page
 from worker.engine.reporting.words import about_candidates, candidate_remarks, candidate_table, listed, size
 

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from markupsafe import Markup, escape
 
 from worker.engine.catalog.contracts.report import PAGE_POLICY, JobResult, MergeResult, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.drawing.html import Cell, details, element, environment, markup, table
+from worker.engine.catalog.drawing.style import STYLE
 from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.reporting.contents import Construction, Contents
@@ -17,8 +20,6 @@ from worker.engine.reporting.figures.interference import interference
 from worker.engine.reporting.figures.maps import scores, weights
 from worker.engine.reporting.figures.search import search
 from worker.engine.reporting.figures.timings import timings
-from worker.engine.reporting.html import Cell, details, element, markup, rendered, table
-from worker.engine.reporting.style import STYLE
 from worker.engine.reporting.words import (
     ABOUT_METRICS,
     SLICE_COLUMNS,
@@ -31,6 +32,7 @@ from worker.engine.reporting.words import (
 
 NOT_KNOWN_YET = {"queue_seconds", "publish_seconds"}  # unknown while the report is written; the job's result has them
 MOST_RECIPE_LETTERS = 100_000
+TEMPLATES = environment(Path(__file__).parent / "templates")
 HEADS = {
     "merged": "merged with the backbone",
     "aligned": "each model's own, refitted to the merged backbone",
@@ -95,8 +97,7 @@ def score_page(spec: ScoreSpec, result: ScoreResult, contents: Contents) -> str:
 def _page(
     spec: JobSpec, kind: str, lead: str, tiles: Sequence[tuple[str, str | None, str]], sections: Sequence[Section]
 ) -> str:
-    page = rendered(
-        "page.html",
+    page = TEMPLATES.get_template("page.html").render(
         policy=PAGE_POLICY,
         style=STYLE,
         name=spec.name,

@@ -3,13 +3,13 @@
 from markupsafe import Markup
 
 from worker.engine.catalog.contracts.report import Stopping
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     Plot,
     Scale,
     Series,
     plot,
 )
-from worker.engine.reporting.html import details, element, table
+from worker.engine.catalog.drawing.html import details, element, table
 
 ABOUT_ERRORS = (
     "Standard errors of the merge weights: the root mean square over the nodes of a layer and kind, of the layer, kind "

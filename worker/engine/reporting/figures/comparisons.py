@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult, Version
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     Bar,
     DotRow,
     Scale,
@@ -13,7 +13,7 @@ from worker.engine.reporting.charts import (
     dots,
     key,
 )
-from worker.engine.reporting.html import element, table
+from worker.engine.catalog.drawing.html import element, table
 from worker.engine.reporting.words import (
     about_candidates,
     candidate_remarks,

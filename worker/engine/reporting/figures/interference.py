@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     Plot,
     Scale,
     Series,
     plot,
 )
+from worker.engine.catalog.drawing.html import details, element, table
 from worker.engine.reporting.contents import InterferenceReport, LayerInterference, Spread
-from worker.engine.reporting.html import details, element, table
 from worker.engine.reporting.words import (
     number,
 )

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     heat,
     ramp,
 )
-from worker.engine.reporting.colours import LEVELS
+from worker.engine.catalog.drawing.colours import LEVELS
+from worker.engine.catalog.drawing.html import details, element, table
 from worker.engine.reporting.contents import Known, Maps, NodeMap
-from worker.engine.reporting.html import details, element, table
 from worker.engine.reporting.words import (
     listed,
 )

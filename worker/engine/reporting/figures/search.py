@@ -7,14 +7,14 @@ from typing import Any
 from markupsafe import Markup
 
 from worker.engine.catalog.contracts.report import FailedTrial, MergeResult, Trial
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     Plot,
     Scale,
     Series,
     key,
     plot,
 )
-from worker.engine.reporting.html import details, element, table
+from worker.engine.catalog.drawing.html import details, element, table
 from worker.engine.reporting.words import (
     settings_of,
 )

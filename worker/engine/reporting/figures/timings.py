@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from worker.engine.reporting.charts import (
+from worker.engine.catalog.drawing.charts import (
     Bar,
     bars,
 )
-from worker.engine.reporting.html import details, table
+from worker.engine.catalog.drawing.html import details, table
 
 
 def timings(spent: Mapping[str, float]) -> list[Markup]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from worker.engine.reporting.colours import LEVELS, LINES
-from worker.engine.reporting.html import Content, element
+from worker.engine.catalog.drawing.colours import LEVELS, LINES
+from worker.engine.catalog.drawing.html import Content, element
 
 SHAPES = (
     "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z",  # circle

@@ -1,6 +1,6 @@
 """The page's style sheet. Pictures stretch with the page while their text keeps its size, see `charts`."""
 
-from worker.engine.reporting.colours import (
+from worker.engine.catalog.drawing.colours import (
     AMOUNT_DARK,
     AMOUNT_LIGHT,
     BALANCE_DARK,

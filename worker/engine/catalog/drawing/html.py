@@ -1,30 +1,30 @@
 """Makes HTML and SVG. Whatever is not markup yet is escaped, so that no name or note can become markup.
 
-The page and its tables are templates. Pictures, which are made of numbers, are put together from elements.
+Pages and tables are templates. Pictures, which are made of numbers, are put together from elements.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    auto_reload=False,
-)
+
+def environment(folder: Path) -> Environment:
+    """Make an environment of the templates in a folder. It escapes values that are not markup."""
+    return Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        auto_reload=False,
+    )
+
+
+TEMPLATES = environment(Path(__file__).parent / "templates")
 
 Content = str | Markup | Iterable["Content"] | None
 """Text, markup, or several of both; None is nothing."""
-
-
-def rendered(template: str, **values: Any) -> Markup:
-    """Fill in a template. Values are escaped unless they are markup."""
-    return Markup(TEMPLATES.get_template(template).render(values))  # noqa: S704 - the template has escaped them
 
 
 def element(tag: str, *content: Content, **attributes: str | float | bool | None) -> Markup:
@@ -66,7 +66,8 @@ def table(
     Args:
         numeric: indices of the columns of numbers, which are aligned to the right.
     """
-    return rendered("table.html", columns=columns, rows=rows, caption=caption, numeric=numeric)
+    filled = TEMPLATES.get_template("table.html").render(columns=columns, rows=rows, caption=caption, numeric=numeric)
+    return Markup(filled)  # noqa: S704 - the template has escaped what it shows
 
 
 def details(summary: str, *content: Content) -> Markup:
