@@ -31,6 +31,7 @@ from app.api.metrics import ApiMetrics
 from app.api.openapi import Api
 from app.api.proxies import Proxies
 from app.contracts.settings import Settings
+from app.dashboard import routers
 from app.observability.traces import open_tracer
 from app.services.composition import compose
 from app.storage.reaper import EXPIRY_S, SWEEP_S, Repeater, remove_outlived
@@ -92,6 +93,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
     for module in (merges, scores, jobs, events, webhooks, artifacts, uploads, methods, keys, health, metrics, docs):
         app.include_router(module.router)
+    for router in routers:
+        app.include_router(router)
     app.router.routes.append(mcp.route)
     errors.install(app)
     return app

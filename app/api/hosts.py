@@ -70,7 +70,7 @@ class OwnHosts:
             scope = {**scope, "path": unquote(path), "raw_path": path.encode("latin-1")}
         is_named = len(origins := headers.getlist("origin")) == 1 and origins[0] in self._origins
         if scope["method"] not in READS and not is_named:
-            _check_origin(headers, authority, scope["scheme"])
+            check_origin(headers, authority, scope["scheme"])
         return scope
 
     def _check(self, authority: str) -> None:
@@ -83,7 +83,7 @@ class OwnHosts:
             raise ProblemError(Problem.UNKNOWN_HOST, detail)
 
 
-def _check_origin(headers: Headers, authority: str, scheme: str) -> None:
+def check_origin(headers: Headers, authority: str, scheme: str) -> None:
     """Raises ProblemError unless the page that the request comes from, if any, is of the host that it goes to.
 
     A page on another port of the same machine is foreign too, and so is one that hides where it comes from (`null`). A

@@ -37,6 +37,10 @@ class StrictRoute(APIRoute):
     scope: Scope | None = None
     is_public = False
 
+    def admit(self, request: Request, needed: Scope) -> None:
+        """Find out who sends a request. It asks Redis, and may block. Raises ProblemError, as `authenticate`."""
+        authenticate(request, needed)
+
     def matches(self, scope: AsgiScope) -> tuple[Match, AsgiScope]:
         """Refuses a path that ends with a line feed, which the regular expressions of paths would match."""
         return (Match.NONE, {}) if scope["path"].endswith("\n") else super().matches(scope)
@@ -55,7 +59,7 @@ class StrictRoute(APIRoute):
             if re.fullmatch(JOB_ID, job_id := request.path_params.get("job_id", "")):
                 add_facts(job=job_id)
             if not self.is_public:
-                await run_in_threadpool(authenticate, request, needed)
+                await run_in_threadpool(self.admit, request, needed)
                 request.state.body_bytes = request.app.state.services.limits.of(request.state.caller.tenant).body_bytes
                 add_facts(tenant=request.state.caller.tenant)
             _check_query(request, query)

@@ -24,6 +24,7 @@ from app.storage.queue import TaskQueue
 from app.storage.rates import Rates
 from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
+from app.storage.sessions import Sessions
 from app.storage.signing_secrets import SigningSecrets
 from app.storage.statistics import StatisticsFolders
 from app.storage.uploads import UploadFolders
@@ -46,6 +47,7 @@ class Services:
     statistics: StatisticsFolders
     reaper: Reaper
     api_keys: ApiKeys
+    sessions: Sessions
     uploads: Uploads
     upgrade: RedisUpgrade
     webhooks: Webhooks
@@ -102,6 +104,7 @@ def compose(settings: Settings) -> Services:
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
     searches = SearchFolder(settings.data_dir)
+    api_keys = ApiKeys(redis, settings.prefix)
     return Services(
         settings=settings,
         store=store,
@@ -113,7 +116,8 @@ def compose(settings: Settings) -> Services:
         room=room,
         statistics=statistics,
         reaper=Reaper(store, queue),
-        api_keys=ApiKeys(redis, settings.prefix),
+        api_keys=api_keys,
+        sessions=Sessions(redis, settings.prefix, api_keys),
         uploads=Uploads(
             uploads,
             inspectors,

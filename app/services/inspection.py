@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import ceil
@@ -33,6 +33,7 @@ from app.contracts.models import ModelRequest
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.bodies import Body
 from app.services.checks import Accepted
+from app.services.previews import Preview, RowsAsked
 from app.storage.scratch import Scratch
 from app.storage.sources import is_remote
 from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S
@@ -72,13 +73,9 @@ class Text(BaseModel):
     cpu_seconds: int
 
 
-class Inspection(BaseModel):
-    """A request to be inspected."""
+class Inputs(BaseModel):
+    """Where the inputs of a question lie, and what reading them may take."""
 
-    asks: Literal["inspection"] = "inspection"
-    kind: JobKind
-    request: dict[str, Any]
-    """The request as it was sent, without defaults."""
     local_roots: tuple[Path, ...]
     data_dir: Path
     tenant: str
@@ -92,6 +89,22 @@ class Inspection(BaseModel):
     """Processor time after which the kernel ends the copy, in case the API is gone and cannot."""
 
 
+class Inspection(Inputs):
+    """A request to be inspected."""
+
+    asks: Literal["inspection"] = "inspection"
+    kind: JobKind
+    request: dict[str, Any]
+    """The request as it was sent, without defaults."""
+
+
+class Previews(Inputs):
+    """Data sets whose first rows are to be shown."""
+
+    asks: Literal["previews"] = "previews"
+    asked: list[RowsAsked]
+
+
 class Weights(BaseModel):
     """A file of weights that was uploaded, whose header is to be checked."""
 
@@ -102,7 +115,7 @@ class Weights(BaseModel):
     cpu_seconds: int
 
 
-Question = Text | Inspection | Weights
+Question = Text | Inspection | Previews | Weights
 QUESTION: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="asks")])
 
 
@@ -146,6 +159,13 @@ class Sound(BaseModel):
     event: Literal["sound"] = "sound"
 
 
+class Seen(BaseModel):
+    """The first rows of data sets."""
+
+    event: Literal["seen"] = "seen"
+    previews: list[Preview]
+
+
 class Refused(BaseModel):
     event: Literal["refused"] = "refused"
     code: str
@@ -168,7 +188,7 @@ class Broken(BaseModel):
     error: str
 
 
-InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Sound | Refused | Exhausted | Broken
+InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Seen | Sound | Refused | Exhausted | Broken
 EVENT: TypeAdapter[InspectorEvent] = TypeAdapter(Annotated[InspectorEvent, Field(discriminator="event")])
 
 
@@ -237,26 +257,47 @@ class Inspectors:
             ProblemError: the recipe or an input is refused, also for the time or the memory that inspecting it takes;
                 or too many requests wait already.
         """
-        async with self._place(names_hub=any(map(is_remote, sources(request)))):
-            scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
-            try:
-                inspection = Inspection(
-                    kind=JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
-                    request=request.model_dump(mode="json", exclude_unset=True),
-                    local_roots=roots_of(self._local_roots, tenant),
-                    data_dir=self._data_dir,
-                    tenant=tenant,
-                    artifact_store=self._artifact_store,
-                    jobs=dict(jobs),
-                    scratch=scratch,
-                    memory_bytes=self._limits.memory_bytes,
-                    cpu_seconds=ceil(2 * self._limits.seconds),
-                )
-                answer = await self._ask(inspection)
-            finally:
-                await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+        names_hub = any(map(is_remote, sources(request)))
+        async with self._place(names_hub=names_hub), self._inputs(tenant, jobs) as inputs:
+            inspection = Inspection(
+                **inputs,
+                kind=JobKind.MERGE if isinstance(request, MergeRequest) else JobKind.SCORES,
+                request=request.model_dump(mode="json", exclude_unset=True),
+            )
+            answer = await self._ask(inspection)
         assert isinstance(answer, Allowed)  # noqa: S101 - for the type checker
         return answer.accepted
+
+    async def preview(
+        self, asked: Sequence[RowsAsked], tenant: str, jobs: Mapping[str, Outcome | Gone]
+    ) -> list[Preview]:
+        """Return the first rows of each data set, and what a checkpoint's head reads of them; see `previewed`.
+
+        Raises ProblemError, also for the time or the memory that reading takes, or if too many requests wait already.
+        """
+        names_hub = any(is_remote(name) for one in asked for name in (one.source, one.checkpoint or ""))
+        async with self._place(names_hub=names_hub), self._inputs(tenant, jobs) as inputs:
+            answer = await self._ask(Previews(**inputs, asked=list(asked)))
+        assert isinstance(answer, Seen)  # noqa: S101 - for the type checker
+        return answer.previews
+
+    @asynccontextmanager
+    async def _inputs(self, tenant: str, jobs: Mapping[str, Outcome | Gone]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the fields of `Inputs`. The scratch folder is removed at the end."""
+        scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
+        try:
+            yield {
+                "local_roots": roots_of(self._local_roots, tenant),
+                "data_dir": self._data_dir,
+                "tenant": tenant,
+                "artifact_store": self._artifact_store,
+                "jobs": dict(jobs),
+                "scratch": scratch,
+                "memory_bytes": self._limits.memory_bytes,
+                "cpu_seconds": ceil(2 * self._limits.seconds),
+            }
+        finally:
+            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
 
     async def read(self, body: bytes, *, is_yaml: bool) -> Body:
         """Return the answer of `read_body`. Raises ProblemError, also where too many requests wait already."""
@@ -300,7 +341,7 @@ class Inspectors:
         finally:
             places.release()
 
-    async def _ask(self, question: Question) -> Allowed | Read | Sound:
+    async def _ask(self, question: Question) -> Allowed | Read | Seen | Sound:
         for _ in range(2):  # another inspector is soon there, whatever ended this one
             reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
             conversation = _Conversation(reader, writer, self._limits.seconds)
@@ -342,7 +383,7 @@ class _Conversation:
     place: ReadingInput = field(default_factory=lambda: ReadingInput(field="", source="", file=""))
     """The file that it reads now."""
 
-    async def hold(self, question: Question) -> Allowed | Read | Sound:
+    async def hold(self, question: Question) -> Allowed | Read | Seen | Sound:
         began = await self._next(START_S)
         if not isinstance(began, Began):
             raise InspectorDied
@@ -366,7 +407,7 @@ class _Conversation:
                     self.place = event
                 case AskedHub():
                     waits_for_hub = event.is_waited_for
-                case Allowed() | Read() | Sound():
+                case Allowed() | Read() | Seen() | Sound():
                     return event
                 case Refused():
                     problem = next(problem for problem in Problem if problem.code == event.code)

@@ -36,13 +36,16 @@ from app.services.inspection import (
     Broken,
     Exhausted,
     Inspection,
+    Previews,
     Question,
     Read,
     ReadingInput,
     Refused,
+    Seen,
     Sound,
     Weights,
 )
+from app.services.previews import previewed
 from app.services.warm_up import inspect_own_merge
 from app.storage.artifacts import open_artifacts
 from app.storage.sources import Sources, preload
@@ -123,10 +126,14 @@ def _limit(memory_bytes: int, cpu_seconds: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _outcome(question: Question, told: "_Told") -> Allowed | Read | Sound:
+def _outcome(question: Question, told: "_Told") -> Allowed | Read | Seen | Sound:
     _limit(question.memory_bytes, question.cpu_seconds)
     if isinstance(question, Inspection):
         return _inspected(question, told)
+    if isinstance(question, Previews):
+        tempfile.tempdir = str(question.scratch)
+        with observed(told.reads):
+            return Seen(previews=previewed(question.asked, Sources(_context(question, told)), told.at))
     if isinstance(question, Weights):
         return _checked(question, told)
     body = read_body(question.body, is_yaml=question.is_yaml)
@@ -136,18 +143,20 @@ def _outcome(question: Question, told: "_Told") -> Allowed | Read | Sound:
 def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is JobKind.MERGE else ScoreRequest
-    artifacts = open_artifacts(inspection.artifact_store, inspection.data_dir)
-    context = SourceContext(
-        inspection.local_roots,
-        inspection.data_dir,
-        artifacts,
-        inspection.jobs.get,
-        told.waiting,
-        inspection.tenant,
-    )
-    checker = Checker(Sources(context), told.at)
+    checker = Checker(Sources(_context(inspection, told)), told.at)
     with observed(told.reads):
         return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
+
+
+def _context(question: Inspection | Previews, told: "_Told") -> SourceContext:
+    return SourceContext(
+        question.local_roots,
+        question.data_dir,
+        open_artifacts(question.artifact_store, question.data_dir),
+        question.jobs.get,
+        told.waiting,
+        question.tenant,
+    )
 
 
 def _checked(weights: Weights, told: "_Told") -> Sound:

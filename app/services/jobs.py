@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from anyio.to_thread import run_sync
@@ -19,6 +20,7 @@ from app.observability.context import request_id, traceparent
 from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
 from app.services.limits import Room, refusing, require_priority
+from app.services.previews import Preview, RowsAsked
 from app.services.webhooks import Webhooks
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -174,6 +176,12 @@ class Jobs:
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         await run_sync(self._room.require, plan.bytes_to_write)
         return plan
+
+    async def preview(self, asked: Sequence[RowsAsked], caller: Caller) -> list[Preview]:
+        """Return the first rows of data sets that the caller may name. Raises ProblemError, see `Inspectors`."""
+        named = {job_id for one in asked if (job_id := job_named(one.checkpoint or "")) is not None}
+        outcomes = await run_sync(self._outcomes, named, caller.tenant) if named else {}
+        return await self._inspectors.preview(asked, caller.tenant, outcomes)
 
     async def _webhook(self, request: MergeRequest | ScoreRequest, caller: Caller) -> JobWebhook | None:
         return None if request.webhook is None else await run_sync(self._webhooks.accepted, request.webhook, caller)

@@ -8,7 +8,7 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -97,15 +97,26 @@ class ApiKeys:
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.api_key(parts["id"])))
         if not hmac.compare_digest(fields.get("digest", ""), _digest(token)):
             raise KeyRefused("the key is unknown")
+        return self._valid(parts["id"], fields)
+
+    def holder(self, key_id: str) -> Caller:
+        """Return whom the key with an id stands for, to somebody who has shown it before. Raises KeyRefused."""
+        fields = cast(dict[str, str], self._redis.hgetall(self._keys.api_key(key_id)))
+        if not fields:
+            raise KeyRefused("the key is unknown")
+        return self._valid(key_id, fields)
+
+    def _valid(self, key_id: str, fields: Mapping[str, str]) -> Caller:
+        """Return whom a key stands for, and note its use. Raises KeyRefused where it was revoked or has expired."""
         now = _now()
         if "revoked_ms" in fields:
             raise KeyRefused("the key was revoked")
         if now >= int(fields.get("expires_ms", now + 1)):
             raise KeyRefused("the key has expired")
         if now - int(fields.get("used_ms", 0)) >= LAST_USE_MS:
-            self._redis.hset(self._keys.api_key(parts["id"]), "used_ms", str(now))
+            self._redis.hset(self._keys.api_key(key_id), "used_ms", str(now))
         scopes = frozenset(map(Scope, fields["scopes"].split(",")))
-        return Caller(tenant=fields["tenant"], scopes=scopes, key_id=parts["id"])
+        return Caller(tenant=fields["tenant"], scopes=scopes, key_id=key_id)
 
     def _found(self, key_id: str) -> Key | None:
         fields = cast(dict[str, str], self._redis.hgetall(self._keys.api_key(key_id)))

@@ -71,6 +71,10 @@ class Keys:
         """Name the hash of an API key: its digest, its tenant, its scopes, and when it was made, used and revoked."""
         return self._key("key", key_id)
 
+    def session(self, digest: str) -> str:
+        """Name the id of the API key with which somebody signed in to the dashboard, by the digest of the session."""
+        return self._key("session", digest)
+
     @property
     def jobs(self) -> str:
         """Sorted set of all job ids, which sort by time."""

@@ -345,6 +345,23 @@ def check_first_rows(
         raise InvalidDataset(spec.source, f"{len(found)} different texts, and {least_texts} are needed")
 
 
+def first_rows(spec: DatasetSpec, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a file with all of their columns; none of a Parquet file, which only workers can read.
+
+    Raises:
+        InvalidDataset: the file or a row cannot be read.
+    """
+    with _opened(spec) as stream:
+        if _suffix(spec) == PARQUET:
+            return []
+        form = _format(spec)
+        found = []
+        for line, offset in list(islice(form.index(stream), count)):
+            stream.seek(offset)
+            found.append(form.parse(stream, Place("line", line)))
+        return found
+
+
 def row_of(values: Mapping[str, Any], place: Place, spec: DatasetSpec, reader: RowReader) -> Row:
     """Make a row of the values of its columns. Raises InvalidDataset, which names place and column."""
     columns = reader.columns(spec)

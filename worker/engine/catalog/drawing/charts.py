@@ -316,7 +316,7 @@ def heat(
     drawn.append(
         element(
             "svg",
-            _cells(levels, ramp),
+            cells(levels, ramp),
             width="100%",
             height=height,
             viewBox=f"0 0 {max(map(len, levels))} {len(levels)}",
@@ -329,7 +329,7 @@ def heat(
     return picture(name, title, description, height + AXIS, drawn, left=left)
 
 
-def _cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Markup]:
+def cells(levels: Sequence[Sequence[int | None]], ramp: str) -> list[Markup]:
     """Make one path for each level; neighbours in a row are one rectangle."""
     paths: dict[int, list[str]] = {}
     for row, cells in enumerate(levels):
