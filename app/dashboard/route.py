@@ -20,6 +20,8 @@ from app.storage.api_keys import ApiKeys, KeyRefused
 COOKIE = "maskmerge_session"
 FORM = "application/x-www-form-urlencoded"
 MOST_FIELDS = 5000
+GONE = (Problem.UNAUTHENTICATED, Problem.INSUFFICIENT_SCOPE, Problem.NOT_FOUND)
+"""Problems at which a page that renews a part of itself has to be loaded anew; at others it goes on trying."""
 
 
 class DashboardRoute(StrictRoute):
@@ -42,7 +44,10 @@ class DashboardRoute(StrictRoute):
                     check_origin(headers, headers["host"], request.scope["scheme"])
                 return await handle(request)
             except ProblemError as error:
-                return _refused(request, error)
+                shown = _refused(request, error)
+                if "hx-request" in request.headers and error.problem in GONE:
+                    shown.headers["HX-Refresh"] = "true"
+                return shown
             except RequestValidationError:
                 return problem_page(request, ProblemError(Problem.NOT_FOUND, f"there is no {request.url.path}"))
             except RedisError:
@@ -98,6 +103,4 @@ def _refused(request: Request, error: ProblemError) -> Response:
         is_followed=is_followed,
     )
     shown.headers.update(error.headers)
-    if "hx-request" in request.headers:  # a page that renews a part of itself
-        shown.headers["HX-Refresh"] = "true"
     return shown

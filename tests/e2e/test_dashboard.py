@@ -78,6 +78,12 @@ def test_jobs_are_found_and_compared_by_keyboard(
         with seen.page.expect_response(lambda answer: answer.url.startswith(f"{service.url}/?"), timeout=WAIT_MS):
             """The list renews itself every three seconds."""
         assert [box.is_checked() for box in boxes.all()] == [True, True], "the list renewed itself and forgot"
+        seen.page.route("**/?*", lambda route: route.fulfill(status=503, body="Redis is away"))
+        with seen.page.expect_response(lambda answer: answer.status == 503, timeout=WAIT_MS):
+            """The next time, it cannot."""
+        seen.page.wait_for_timeout(200)
+        assert boxes.count() == 2, "what was there stays while the service is away"
+        seen.page.unroute("**/?*")
         seen.page.get_by_role("button", name="Compare").focus()
         seen.page.keyboard.press("Enter")
         seen.page.wait_for_url("**/dashboard/compare?*")

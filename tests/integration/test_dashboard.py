@@ -203,6 +203,8 @@ def test_what_is_not_there_is_said_on_a_page(api: TestClient) -> None:
         answer = api.get(f"/dashboard/{path}")
         assert answer.status_code == 404, path
         assert answer.headers["Content-Type"].startswith("text/html")
+    gone = api.get(f"/dashboard/jobs/{'0' * 28}", headers={"HX-Request": "true"})
+    assert gone.headers["HX-Refresh"] == "true", "a page stops asking for what is gone"
     assert api.get("/?status=lost").status_code == 404
     assert api.get("/?nothing=1").status_code == 400
     assert api.get("/dashboard/compare").status_code == 400
