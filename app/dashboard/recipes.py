@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from app.contracts.jobs import JobKind, Record
-from app.contracts.requests import MergeRequest, ScoreRequest
+from app.contracts.requests import MergeRequest, ScoreRequest, as_recipe
 
 KEY = '${MASKMERGE_API_KEY:+-H "Authorization: Bearer $MASKMERGE_API_KEY"}'
 URL = '"${MASKMERGE_URL:-http://127.0.0.1:8000}%s"'
@@ -20,7 +20,7 @@ def without_defaults(record: Record) -> dict[str, Any]:
 
     What another release wrote, and cannot be read as a request now, is returned whole.
     """
-    whole = {name: value for name, value in record.request.items() if name != "webhook"}
+    whole = as_recipe(record.request)
     kind = MergeRequest if record.kind is JobKind.MERGE else ScoreRequest
     try:
         request = kind.model_validate(whole)

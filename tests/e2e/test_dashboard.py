@@ -9,8 +9,9 @@ import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
+from app.contracts.requests import as_recipe
 from tests.browser import Visit, chromium, visit
-from tests.conftest import HANGS_S, Service, as_recipe, measured_anew, tiny_recipe
+from tests.conftest import HANGS_S, Service, measured_anew, tiny_recipe
 
 VIEWS: list[tuple[int, Literal["light", "dark"]]] = [(390, "dark"), (1280, "light")]
 WAIT_MS = HANGS_S * 1000
