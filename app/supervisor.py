@@ -93,7 +93,8 @@ class Supervisor:
         All of them are stopped at the end. Raises as `run` does.
         """
         data_dir = self._settings.data_dir.resolve()
-        open_artifacts(self._settings.artifact_store, data_dir)  # if there is none, no child can start
+        # If there is none, no child can start.
+        open_artifacts(self._settings.artifact_store, data_dir, self._settings.object_storage)
         data_dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock(data_dir, lambda: self._stopping)
         try:

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
@@ -133,7 +133,7 @@ def run(settings: Settings) -> int:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
     try:
-        artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
+        artifacts = open_artifacts(settings.artifact_store, settings.data_dir, settings.object_storage)
         signing_key = SigningKey(settings.signing_key) if settings.signing_key else None
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
@@ -203,8 +203,11 @@ def _of_tenant(settings: Settings, store: JobStore, artifacts: ArtifactStore, te
         max_bytes=settings.max_statistics_bytes,
         others=statistics_of_others(settings.data_dir, tenant),
     )
-    context = SourceContext(roots, settings.data_dir, artifacts, outcome, tenant=tenant)
-    return TenantStorage(Sources(context), statistics)
+    held = ExitStack()
+    context = SourceContext(
+        roots, settings.data_dir, artifacts, outcome, tenant=tenant, objects=settings.object_storage, held=held
+    )
+    return TenantStorage(Sources(context), statistics, held)
 
 
 def _is_wanted(store: JobStore, task: TaskId, attempt: int, published: bool) -> bool:

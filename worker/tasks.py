@@ -5,9 +5,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -88,6 +88,8 @@ class TenantStorage:
 
     sources: Sources
     statistics: StoreSpec
+    inputs: ExitStack = field(default_factory=ExitStack)
+    """Closed when what was fetched is not read any more."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ class TaskRunner:
         self._wake = wake
         self._tracer = tracer or Tracer()
         self._trace: AttemptTrace | None = None  # of the attempt in hand
+        self._inputs = ExitStack()  # of the attempt in hand
         self._why_ended = "stopped"  # reason why there is no engine process, as metrics name it
 
     @property
@@ -178,6 +181,7 @@ class TaskRunner:
             message = "unexpected error in the worker; its log has the trace"
             self._fail(attempt, JobError(code=ErrorCode.INTERNAL, message=message))
         finally:
+            self._inputs.close()
             if self._trace is not None:
                 self._trace.ends()
                 self._trace = None
@@ -364,6 +368,7 @@ class TaskRunner:
     def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
         """Make the engine's input, and fetch everything that the engine does not fetch itself."""
         own = self._of_tenant(record.tenant)
+        self._inputs = own.inputs
         inputs = _Inputs(record, partial(self._fetch, attempt, own.sources))
         common = {"name": record.name, "recipe": as_recipe(record.request), "folder": folder, "store": own.statistics}
         if record.kind is JobKind.SCORES:
@@ -444,13 +449,14 @@ class _Inputs:
         return {"source": reference, **_where(found), "state": found.state}
 
     def _statistics(self, reference: str) -> dict[str, object]:
-        return {"source": reference, **_where(self.fetch(reference, "statistics", None))}
+        return {"source": reference, **_where(self.fetch(reference, "statistics", self.record.inputs.get(reference)))}
 
     def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
         if rows is None:
             return None
         spec = rows.model_dump(include={*Columns.model_fields, *Generation.model_fields, "config", "split", "metric"})
-        return {**spec, "source": rows.source, **_where(self.fetch(rows.source, "rows", None))}
+        found = self.fetch(rows.source, "rows", self.record.inputs.get(rows.source))
+        return {**spec, "source": rows.source, **_where(found)}
 
 
 def _where(found: FetchedInput) -> dict[str, object]:

@@ -41,6 +41,7 @@ class Problem(Enum):
     ARTIFACT_DAMAGED = ("artifact_damaged", 500, "Files of an artifact are not what was written")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
     HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
+    STORAGE_UNAVAILABLE = ("storage_unavailable", 503, "The object storage does not answer; try again")
     TOO_BUSY = ("too_busy", 503, "The service has as much to do as it takes; try again")
     NOT_READY = ("not_ready", 503, "The service is not ready")
     NO_SPACE = ("no_space", 507, "There is no space left")

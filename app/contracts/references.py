@@ -31,7 +31,8 @@ class Reference:
         scheme, colon, rest = text.partition(":")
         if not colon or scheme not in SCHEMES:
             raise ReferenceError(
-                f"'{text}' is no reference; write local:PATH, hf:ORG/NAME@REVISION, upload:SHA256 or job:ID/MODEL"
+                f"'{text}' is no reference; write local:PATH, hf:ORG/NAME@REVISION, s3:BUCKET/PREFIX, upload:SHA256 or "
+                "job:ID/MODEL"
             )
         return cls(scheme, rest)
 

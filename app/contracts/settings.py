@@ -13,8 +13,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from app.contracts.addresses import as_address
 from app.contracts.api_keys import Tenant
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
+from app.contracts.object_storage import Location, ObjectStorage
 
-SEPARATORS = {"local_roots": ":", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
+SEPARATORS = {"local_roots": ":", "s3_buckets": ",", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
 """Between the parts of a variable's value."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 LogFormat = Literal["text", "json"]
@@ -49,6 +50,19 @@ class Settings(BaseSettings):
     """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
     artifact_store: str = "folder"
     """Store that keeps artifacts: `folder` keeps them in the data folder."""
+    s3_buckets: Annotated[tuple[str, ...], NoDecode] = ()
+    """Buckets that `s3:` references may name, separated by commas, each with a prefix or without, such as
+    `models,data/shared`. `{tenant}` stands for the name of the tenant, as in `local_roots`."""
+    s3_endpoint: str | None = None
+    """URL of the object storage, such as http://minio:9000; AWS when not set."""
+    s3_region: str | None = None
+    """Region of the buckets; that of AWS_REGION when not set, or us-east-1."""
+    s3_credentials_file: Path | None = None
+    """File with the keys to object storage, in the form of ~/.aws/credentials; it is read again every few minutes. When
+    not set, the keys are in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of the machine's or pod's role."""
+    max_cache_bytes: Annotated[int, Field(ge=0)] = 50_000_000_000
+    """Room in the data folder for copies of inputs from object storage. Beyond it, copies that no job reads are
+    removed, those that were not used for longest first."""
     local_roots: Annotated[tuple[Path, ...], NoDecode] = ()
     """Folders that `local:` references may name, separated by colons; searched in order. `{tenant}` in a path stands
     for the name of the tenant whose key a request has, so that each tenant has a folder of its own."""
@@ -174,6 +188,30 @@ class Settings(BaseSettings):
     @classmethod
     def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(_origin(origin.strip()) for origin in origins)
+
+    @field_validator("s3_buckets")
+    @classmethod
+    def _are_places(cls, places: tuple[str, ...]) -> tuple[str, ...]:
+        for place in (stripped := tuple(place.strip() for place in places)):
+            Location.parse(place.replace("{tenant}", "tenant"))
+        return stripped
+
+    @field_validator("s3_endpoint")
+    @classmethod
+    def _is_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+/?", endpoint):
+            raise ValueError("is no URL; write it as https://s3.example.org or http://minio:9000, without keys in it")
+        return endpoint and endpoint.removesuffix("/")
+
+    @property
+    def object_storage(self) -> ObjectStorage:
+        return ObjectStorage(
+            buckets=self.s3_buckets,
+            endpoint=self.s3_endpoint,
+            region=self.s3_region,
+            credentials_file=self.s3_credentials_file,
+            max_cache_bytes=self.max_cache_bytes,
+        )
 
     @property
     def url(self) -> str:

@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.models import Dataset, Evaluation
 from app.contracts.plans import Plan, PlannedModel
-from app.contracts.references import ReferenceError
+from app.contracts.references import Reference, ReferenceError
 from app.contracts.requests import MergeRequest, ScoreRequest, not_available_yet
 from app.contracts.suitability import LEAST_EVALUATED
 from app.storage.inputs import RootedPath
 from app.storage.sources import Sources
-from app.storage.sources.source import SourceUnavailable
+from app.storage.sources.source import SourceUnavailable, StorageUnavailable
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.architectures import use_of
 from worker.engine.catalog.checkpoints.companion_checks import check_generation, check_run_tokenizer
@@ -68,7 +68,7 @@ class Accepted(BaseModel):
     request: dict[str, Any]
     """The request with its defaults filled in."""
     states: dict[str, str]
-    """States of checkpoints by their references, except those that never change."""
+    """States of inputs by their references, except those that never change or are not watched."""
     plan: Plan | None
     """The plan of a merge; None for other kinds of job."""
 
@@ -80,6 +80,7 @@ class Checker:
         self._sources = sources
         self._at = at
         self._views = Views()
+        self._beside: list[Reference] = []  # rows and statistics
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:
         """Check a request. Raises ProblemError when the recipe or an input is refused."""
@@ -205,6 +206,7 @@ class Checker:
             kept = self._sources.resolve(reference, "statistics")
             with self._sources.inspect(kept) as place:
                 tensors = given_tensors(plan, index, self._views, place.path, str(kept), place.root)
+                self._beside.append(kept)
                 return sum(tensor.nbytes for tensor in tensors.values()), str(kept)
 
     def _rows(
@@ -231,6 +233,7 @@ class Checker:
             with _refusing(f"{field}.source"):
                 kept = self._sources.resolve(rows.source, "rows")
                 place = held.enter_context(self._sources.inspect_rows(kept))
+                self._beside.append(kept)
             if place is not None:
                 self._check_rows(field, rows, place, labels, least_texts, task.reader(metric))
         return str(kept)
@@ -257,7 +260,8 @@ class Checker:
 
     def _states(self, checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         with _refusing("models"):
-            states = {info.source: self._sources.state(info) for info in checkpoints}
+            states = {info.source: self._sources.state(Reference.parse(info.source), info) for info in checkpoints}
+            states = {**{str(other): self._sources.state(other, None) for other in self._beside}, **states}
         return {source: state for source, state in states.items() if state is not None}
 
 
@@ -448,8 +452,9 @@ def _refusing(field: str) -> Iterator[None]:
         errors = [FieldError(field=field, message=str(error))]
         raise ProblemError(problem, _sentence(errors), errors) from error
     except SourceUnavailable as error:
+        away = Problem.STORAGE_UNAVAILABLE if isinstance(error, StorageUnavailable) else Problem.HUB_UNAVAILABLE
         errors = [FieldError(field=field, message=str(error))]
-        raise ProblemError(Problem.HUB_UNAVAILABLE, _sentence(errors), errors, **{"Retry-After": "10"}) from error
+        raise ProblemError(away, _sentence(errors), errors, **{"Retry-After": "10"}) from error
     except EngineError as error:
         problem = next(p for p in Problem if p.code == error.code)
         field = str(error.detail.get("field", field))

@@ -85,10 +85,12 @@ def compose(settings: Settings) -> Services:
     )
     dispatching = connect_for_dispatching(url)
     queue = TaskQueue(dispatching, settings.queue, store)
-    artifacts = open_artifacts(settings.artifact_store, settings.data_dir)
+    artifacts = open_artifacts(settings.artifact_store, settings.data_dir, settings.object_storage)
     artifacts.prepare()
     upgrade_folder(settings.data_dir)
-    inspectors = Inspectors(settings.local_roots, settings.data_dir, settings.artifact_store)
+    inspectors = Inspectors(
+        settings.local_roots, settings.data_dir, settings.artifact_store, objects=settings.object_storage
+    )
     secrets = SigningSecrets(redis, settings.prefix)
     sender = Sender(allow_private=settings.webhook_allow_private, timeout_s=settings.webhook_seconds)
     webhooks = Webhooks(

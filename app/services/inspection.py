@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import Gone, JobKind, Outcome
 from app.contracts.models import ModelRequest
+from app.contracts.object_storage import NO_BUCKETS, ObjectStorage
 from app.contracts.requests import MergeRequest, ScoreRequest
 from app.services.bodies import Body
 from app.services.checks import Accepted
@@ -80,6 +81,7 @@ class Inputs(BaseModel):
     data_dir: Path
     tenant: str
     artifact_store: str
+    objects: ObjectStorage
     jobs: dict[str, Outcome | Gone]
     """The jobs that the request names, by id: those that exist, and those of which it is known why they are gone."""
     scratch: Path
@@ -200,11 +202,17 @@ class Inspectors:
     """Asks copies of the inspector. Only the event loop's thread may use it: they die with it (`die_with_parent`)."""
 
     def __init__(
-        self, local_roots: tuple[Path, ...], data_dir: Path, artifact_store: str, limits: Limits = Limits()
+        self,
+        local_roots: tuple[Path, ...],
+        data_dir: Path,
+        artifact_store: str,
+        limits: Limits = Limits(),
+        objects: ObjectStorage = NO_BUCKETS,
     ) -> None:
         self._local_roots = tuple(root.absolute() for root in local_roots)
         self._data_dir = data_dir.absolute()
         self._artifact_store = artifact_store
+        self._objects = objects
         self._limits = limits
         self._places = asyncio.Semaphore(limits.places)
         self._hub_places = asyncio.Semaphore(limits.hub_places)
@@ -291,6 +299,7 @@ class Inspectors:
                 "data_dir": self._data_dir,
                 "tenant": tenant,
                 "artifact_store": self._artifact_store,
+                "objects": self._objects,
                 "jobs": dict(jobs),
                 "scratch": scratch,
                 "memory_bytes": self._limits.memory_bytes,

@@ -152,10 +152,11 @@ def _context(question: Inspection | Previews, told: "_Told") -> SourceContext:
     return SourceContext(
         question.local_roots,
         question.data_dir,
-        open_artifacts(question.artifact_store, question.data_dir),
+        open_artifacts(question.artifact_store, question.data_dir, question.objects, told.waiting),
         question.jobs.get,
         told.waiting,
         question.tenant,
+        question.objects,
     )
 
 

@@ -100,8 +100,8 @@ STORE = {
         from app.storage.artifacts.folder import FolderStore
 
 
-        def opened(data_dir):
-            return FolderStore(data_dir / "shelves")
+        def opened(context):
+            return FolderStore(context.data_dir / "shelves")
         """,
 }
 

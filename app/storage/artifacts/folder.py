@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from app.contracts.jobs import Attempt, Stage, TaskId
-from app.storage.artifacts.store import ArtifactStore, Manifest, artifact_name
+from app.storage.artifacts.store import ArtifactStore, Manifest, StoreContext, artifact_name
 from app.storage.files import Damaged, LocalFile
 from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.contracts.report import MANIFEST
@@ -18,8 +18,10 @@ from worker.engine.catalog.contracts.report import MANIFEST
 logger = logging.getLogger(__name__)
 
 
-def opened(data_dir: Path) -> ArtifactStore:
-    return FolderStore(data_dir)
+def opened(context: StoreContext) -> ArtifactStore:
+    if context.place:
+        raise ValueError("MASKMERGE_ARTIFACT_STORE=folder takes no place; it is MASKMERGE_DATA_DIR")
+    return FolderStore(context.data_dir)
 
 
 class FolderStore:

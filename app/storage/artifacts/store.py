@@ -6,12 +6,14 @@ The job's record says which attempt's artifact is the job's. An artifact that no
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from app.contracts.jobs import Attempt, TaskId
+from app.contracts.object_storage import ObjectStorage
 from app.storage.files import Damaged, StoredFile
 from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.contracts.report import MANIFEST
@@ -97,6 +99,18 @@ class Manifest(BaseModel):
             return cls.model_validate_json(content)
         except ValidationError as error:
             raise Damaged(f"{MANIFEST} is missing or broken") from error
+
+
+@dataclass(frozen=True)
+class StoreContext:
+    """The things that a store needs when it is opened."""
+
+    data_dir: Path
+    place: str
+    """What the setting says after the store's name."""
+    objects: ObjectStorage
+    waiting: Callable[[], AbstractContextManager[None]]
+    """Makes a context that is entered while another machine is waited for."""
 
 
 def artifact_name(attempt: Attempt) -> str:

@@ -37,8 +37,8 @@ class Sources:
         reference = Reference.parse(text)
         return self._of(reference).fetch(reference, kind, state, on_bytes)
 
-    def state(self, info: CheckpointInfo) -> str | None:
-        return self._of(Reference.parse(info.source)).state(info)
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
+        return self._of(reference).state(reference, info)
 
     def _of(self, reference: Reference) -> Source:
         if reference.scheme not in self._opened:
@@ -63,6 +63,6 @@ def preload() -> None:
 def _module(scheme: str) -> ModuleType:
     name = f"{__name__}.{scheme}"
     if find_spec(name) is None:
-        others = "use local:, upload: or hf:, or job: for a model"
+        others = "use local:, upload:, s3: or hf:, or job: for a model"
         raise ReferenceError(f"'{scheme}:' references are not available yet; {others}", available=False)
     return import_module(name)

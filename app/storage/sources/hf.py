@@ -76,7 +76,7 @@ class HubRepositories:
         repository = Repository.parse(reference)
         return FetchedInput(hub=HubSource(repository=repository.name, commit=repository.revision))
 
-    def state(self, info: CheckpointInfo) -> str | None:
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
         return None
 
     @cached_property

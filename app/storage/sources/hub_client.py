@@ -4,7 +4,6 @@ Endpoint and token are the hub library's own variables, HF_ENDPOINT and HF_TOKEN
 """
 
 import re
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,16 +23,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from app.contracts.references import ReferenceError
+from app.storage.outlines import write_outline
 from app.storage.sources.hf import Repository
 from app.storage.sources.source import DEADLINE_S, REQUEST_TIMEOUT_S, SourceUnavailable
-from worker.engine.catalog.checkpoints.files import ADAPTER_PICKLE, PICKLES, WEIGHTS, described_files, weights_among
-from worker.engine.catalog.checkpoints.limits import MAX_DESCRIPTION_BYTES, MAX_HEADER_BYTES
-from worker.engine.catalog.checkpoints.pointers import BEGINNING
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 RepositoryType = Literal["model", "dataset"]
-PREFIX = struct.Struct("<Q")
 
 
 class Hub:
@@ -69,10 +65,7 @@ class Hub:
         return self._pinned[repository, kind]
 
     def outline(self, repository: Repository, folder: Path) -> None:
-        """Write the outline of a pinned checkpoint: its small files whole, and its weight files as their headers alone.
-
-        Weight files have their true size but, as sparse files, no weights, so that `inspect_checkpoint` finds in
-        `folder` what it would find in the checkpoint itself.
+        """Write the outline of a pinned checkpoint, see `write_outline`.
 
         Raises:
             ReferenceError, SourceUnavailable: as `pinned`.
@@ -88,32 +81,9 @@ class Hub:
                 )
             sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
-            described = described_files(sizes)
-            whole = [name for name in described if not name.endswith(WEIGHTS)]
-
-            def read(name: str) -> bytes:
-                if sum(sizes[name] for name in whole) > MAX_DESCRIPTION_BYTES:
-                    problem = f"configuration, tokenizer and index are larger than {MAX_DESCRIPTION_BYTES} bytes"
-                    raise InvalidCheckpoint(str(repository), problem)
-                return self._read(repository, name, 0, sizes[name])
-
-            for name in described:
-                (folder / name).parent.mkdir(exist_ok=True)
-            for name in whole:
-                (folder / name).write_bytes(read(name))
-            of_modules = [name for name in described if name.endswith(WEIGHTS)]
-            for name in (*weights_among(sizes, lambda name: (folder / name).read_bytes()), *of_modules):
-                with (folder / name).open("wb") as stream:
-                    start = self._read(repository, name, 0, min(BEGINNING, sizes[name]))
-                    stream.write(start)
-                    header = PREFIX.unpack_from(start)[0] if len(start) >= PREFIX.size else 0
-                    if header <= MAX_HEADER_BYTES:
-                        end = min(PREFIX.size + header, sizes[name])
-                        stream.write(self._read(repository, name, len(start), end))
-                    stream.truncate(sizes[name])
-            for name in (*PICKLES, ADAPTER_PICKLE):
-                if name in sizes:
-                    (folder / name).touch()
+            write_outline(
+                str(repository), sizes, folder, lambda name, begin, end: self._read(repository, name, begin, end)
+            )
 
     def _read(self, repository: Repository, name: str, begin: int, end: int) -> bytes:
         """Return bytes `begin` to `end` of a file; a server without ranges sends all bytes before them too."""

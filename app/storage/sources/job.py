@@ -72,7 +72,7 @@ class JobSource:
                 raise
             raise ReferenceError(f"job {job} was deleted after this one was accepted") from error
 
-    def state(self, info: CheckpointInfo) -> str | None:
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
         return None  # an artifact never changes, while times of its files may, as when it is restored from a backup
 
     def _artifact(self, reference: Reference) -> tuple[Artifact, str]:

@@ -37,8 +37,8 @@ class LocalSource:
     def fetch(self, reference: Reference, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
         return FetchedInput(self._place(reference), state=state)
 
-    def state(self, info: CheckpointInfo) -> str | None:
-        return checkpoint_state(info)
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
+        return None if info is None else checkpoint_state(info)
 
     def _place(self, reference: Reference) -> RootedPath:
         """Find a place under the roots. Raises ReferenceError, which does not tell where the roots are."""

@@ -1,13 +1,14 @@
 """The interface of every source of inputs, whichever scheme its references have."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import Gone, Outcome
+from app.contracts.object_storage import NO_BUCKETS, ObjectStorage
 from app.contracts.references import Reference
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.inputs import OnBytes, RootedPath
@@ -22,6 +23,10 @@ DEADLINE_S = 30.0  # limits all that one request asks of a remote source, becaus
 
 class SourceUnavailable(Exception):
     """A remote source does not answer, or not in time."""
+
+
+class StorageUnavailable(SourceUnavailable):
+    """Object storage does not answer, or not in time."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,17 @@ class Source(Protocol):
         """Bring an input to this machine, unless the engine does so.
 
         Args:
-            state: the state of the checkpoint when the job was accepted.
+            state: the state of the input when the job was accepted.
         """
 
-    def state(self, info: CheckpointInfo) -> str | None:
-        """Return the state of an inspected checkpoint, which tells whether it changed; None where nothing changes."""
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
+        """Return the state of an input that was inspected, which tells whether it changed.
+
+        It is None where nothing changes, and where changes of such inputs are not noticed.
+
+        Args:
+            info: the checkpoint; None for rows and statistics.
+        """
 
 
 @dataclass(frozen=True)
@@ -75,4 +86,7 @@ class SourceContext:
     waiting: Callable[[], AbstractContextManager[None]] = nullcontext
     """Makes a context that is entered while a remote source is waited for."""
     tenant: str = DEFAULT_TENANT
-    """Tenant whose uploads count."""
+    """Tenant whose uploads and buckets count."""
+    objects: ObjectStorage = NO_BUCKETS
+    held: ExitStack = field(default_factory=ExitStack)
+    """Closed when what was fetched is not read any more."""

@@ -52,7 +52,7 @@ class UploadSource:
     def fetch(self, reference: Reference, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
         return FetchedInput(self._place(reference))
 
-    def state(self, info: CheckpointInfo) -> str | None:
+    def state(self, reference: Reference, info: CheckpointInfo | None) -> str | None:
         return None  # its name is the digest of its bytes
 
     def _place(self, reference: Reference) -> RootedPath:
