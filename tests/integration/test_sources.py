@@ -1,4 +1,4 @@
-"""Inputs in object storage: they are inspected by ranges, fetched once, and what changes or fails meanwhile is named."""
+"""Inputs in object storage are inspected by ranges and fetched once; what changes or fails meanwhile is named."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Object storage for tests: moto's server, which speaks S3, and a proxy before it that fails as networks and disks do."""
+"""Object storage for tests: the server of moto, which speaks S3, and a proxy that fails as networks and disks do."""
 
 import socket
 import time
