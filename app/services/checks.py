@@ -74,12 +74,17 @@ class Accepted(BaseModel):
 
 
 class Checker:
-    """Inspects the inputs that one request names. It needs no Redis, and leaves nothing behind."""
+    """Inspects the inputs that one request names. It needs no Redis, and leaves nothing behind.
 
-    def __init__(self, sources: Sources, at: At) -> None:
+    Args:
+        at: is called before each step.
+        scratch: folder for temporary files, which its owner removes; None for one that is removed before the answer.
+    """
+
+    def __init__(self, sources: Sources, at: At, scratch: Path | None = None) -> None:
         self._sources = sources
         self._at = at
-        self._views = Views()
+        self._views = Views(scratch)
         self._beside: list[Reference] = []  # rows and statistics
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:

@@ -219,6 +219,7 @@ class Inspectors:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._scratch: Scratch | None = None
+        self._removing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Start the inspector. Questions that come before it is loaded wait for it."""
@@ -291,7 +292,7 @@ class Inspectors:
 
     @asynccontextmanager
     async def _inputs(self, tenant: str, jobs: Mapping[str, Outcome | Gone]) -> AsyncIterator[dict[str, Any]]:
-        """Yield the fields of `Inputs`. The scratch folder is removed at the end."""
+        """Yield the fields of `Inputs`. The scratch folder is removed soon after the end."""
         scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
         try:
             yield {
@@ -306,7 +307,13 @@ class Inspectors:
                 "cpu_seconds": ceil(2 * self._limits.seconds),
             }
         finally:
-            await asyncio.to_thread(shutil.rmtree, scratch, ignore_errors=True)
+            self._remove_later(scratch)
+
+    def _remove_later(self, folder: Path) -> None:
+        """Remove a folder while its request is answered: some file systems take milliseconds for each."""
+        removing = asyncio.create_task(asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True))
+        self._removing.add(removing)
+        removing.add_done_callback(self._removing.discard)
 
     async def read(self, body: bytes, *, is_yaml: bool) -> Body:
         """Return the answer of `read_body`. Raises ProblemError, also where too many requests wait already."""

@@ -143,7 +143,7 @@ def _outcome(question: Question, told: "_Told") -> Allowed | Read | Seen | Sound
 def _inspected(inspection: Inspection, told: "_Told") -> Allowed:
     tempfile.tempdir = str(inspection.scratch)
     kind: type[MergeRequest | ScoreRequest] = MergeRequest if inspection.kind is JobKind.MERGE else ScoreRequest
-    checker = Checker(Sources(_context(inspection, told)), told.at)
+    checker = Checker(Sources(_context(inspection, told)), told.at, inspection.scratch)
     with observed(told.reads):
         return Allowed(accepted=checker.check(kind.model_validate(inspection.request)))
 

@@ -52,6 +52,14 @@ def test_a_view_has_no_file_that_makes_no_checkpoint(checkpoint: Path, views: Vi
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS}
 
 
+def test_views_in_a_folder_are_left_to_its_owner(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    with Views(folder) as opened:
+        view = view_of(opened, checkpoint)
+    assert (view.parent, (view / "config.json").is_file()) == (folder, True)
+
+
 def test_views_are_gone_with_their_context(checkpoint: Path) -> None:
     with Views() as opened:
         view = view_of(opened, checkpoint)

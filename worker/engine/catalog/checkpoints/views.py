@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from worker.engine.catalog.checkpoints.descriptions import has_library_class
@@ -60,9 +60,14 @@ CONFIGURATIONS = ("config.json", ADAPTER_CONFIG)
 
 
 class Views:
-    """Makes views, and removes them all at the end of its context."""
+    """Makes views, and removes them all at the end of its context.
 
-    def __init__(self) -> None:
+    Args:
+        folder: folder in which views are made and left, because its owner removes it; None for temporary ones.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._parent = folder
         self._opened = ExitStack()
 
     def __enter__(self) -> "Views":
@@ -111,6 +116,8 @@ class Views:
         return link
 
     def _folder(self) -> Path:
+        if self._parent is not None:
+            return Path(mkdtemp(dir=self._parent))
         return Path(self._opened.enter_context(TemporaryDirectory(prefix="maskmerge-view-")))
 
 
