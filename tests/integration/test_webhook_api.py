@@ -158,7 +158,7 @@ def test_the_address_is_checked_at_every_delivery_whatever_was_accepted(strict: 
             store.records.cancel(task.job)
             path = f"/jobs/{task.job}/deliveries"
             [delivery] = wait_until(partial(attempted, path), "the attempt")
-            assert "public ones alone" in delivery["attempts"][0]["error"]
+            assert "public addresses alone" in delivery["attempts"][0]["error"]
             assert delivery["state"] == "pending"
         assert receiver.received == []
 
