@@ -28,7 +28,7 @@ def compare(
     """Compare the jobs that are named; each must be one of the caller's tenant."""
     ids = list(dict.fromkeys(job or ()))
     if not 1 <= len(ids) <= MOST:
-        raise ProblemError(Problem.MALFORMED, f"choose between 2 and {MOST} jobs in the list of jobs")
+        raise ProblemError(Problem.MALFORMED, f"tick 1 to {MOST} jobs in the list of jobs")
     records = [get_record(job_id, services, caller) for job_id in ids]
     return page(
         request,

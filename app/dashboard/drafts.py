@@ -99,9 +99,6 @@ class Draft:
         for setting, column in self.columns(where).items():
             if column is not None:
                 rows[setting] = column
-        for name in ("limit", "metric"):
-            if self.value(f"{where}.{name}"):
-                rows[name] = _typed(self.value(f"{where}.{name}"))
         return rows
 
     def columns(self, where: str) -> dict[str, str | None]:

@@ -1,6 +1,7 @@
 """A job's recipe for people: without what is a default anyway, and as programs and commands that send it."""
 
 import json
+from pprint import pformat
 from typing import Any
 
 import yaml
@@ -46,7 +47,7 @@ def ways_to_send(recipe: dict[str, Any], kind: JobKind) -> list[tuple[str, str]]
     )
     python = (
         "from maskmerge import Client\n\n"
-        f'recipe = r"""\n{as_yaml(recipe)}"""\n'
+        f"recipe = {pformat(recipe, width=100, sort_dicts=False)}\n"
         "with Client() as service:  # at MASKMERGE_URL, with the key in MASKMERGE_API_KEY\n"
         f"    job = service.wait(service.{CALLS[kind]}(recipe).id)\n"
         "    print(job.status)"
