@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve bench browser test lint docs clean
+.PHONY: help install demo serve bench browser test lint docs site clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -11,7 +11,7 @@ install: .venv/installed  ## create .venv with everything in it
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev,mcp,tracing]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev,docs,mcp,tracing]'
 	@touch $@
 
 demo: install  ## train two experts, merge them through the service, show the result
@@ -48,5 +48,8 @@ test: install browser lint  ## linters, types, import contracts and every test
 docs: install  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py
 
+site: install  ## build the documentation as a site in site/, where a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:  ## remove what install and demo made
-	rm -rf .venv .demo
+	rm -rf .venv .demo site

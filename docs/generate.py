@@ -67,7 +67,7 @@ def _lines(data_dir: Path) -> Iterator[str]:
     yield ""
     yield (
         "A parameter that differs by tensor is a number, a list of numbers from the first layer to the last, or a "
-        "list of filters with values: see [Weights and parameters by tensor](method.md#weights-and-parameters-by-"
+        "list of filters with values: see [Weights and parameters by tensor](methods.md#weights-and-parameters-by-"
         "tensor). So is `weight` of a model. A parameter that differs by model too can be in `parameters` of a model."
         " The column *tried* has the values that `auto` tries; it tries `scale` only if there is a base."
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import HANGS_S, REPOSITORY, Service, tiny_recipe
-from tests.e2e.test_readme import MARK, console_commands, matches
+from tests.pages import console_commands, matches, printed_by
 
 PAGE = REPOSITORY / "docs" / "client.md"
 PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -38,12 +38,8 @@ def place(service: Service, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def outputs(place: tuple[Path, dict[str, str]]) -> dict[str, str]:
     """What each command printed."""
     folder, environment = place
-    script = "".join(f"{command}\necho; echo '{MARK}'\n" for command, _ in COMMANDS)
-    shell = subprocess.run(
-        ["bash"], input=script, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=HANGS_S, check=False,
-    )  # fmt: skip
-    return dict(zip([command for command, _ in COMMANDS], shell.stdout.split(f"\n{MARK}\n"), strict=False))
+    commands = [command for command, _ in COMMANDS]
+    return dict(zip(commands, printed_by(commands, folder, environment, HANGS_S), strict=False))
 
 
 @pytest.mark.parametrize(("command", "expected"), COMMANDS, ids=lambda text: text.split("\n")[0][:40])

@@ -40,7 +40,7 @@ def imported(files: Iterable[Path]) -> set[str]:
         (["worker"], ["worker"]),
         (["examples"], ["worker", "demo"]),
         (["bench"], ["worker", "demo", "dev"]),
-        (["docs", "tests"], ["worker", "dev", "mcp", "tracing"]),
+        (["docs", "tests"], ["worker", "dev", "docs", "mcp", "tracing"]),
     ],
     ids=["api", "worker", "examples", "bench", "tests"],
 )
