@@ -33,7 +33,9 @@ from app.observability.metrics import ENGINE_RESTARTS, counted
 from app.observability.traces import Tracer
 from app.storage.artifacts.store import ArtifactStore
 from app.storage.files import stored_bytes
+from app.storage.inputs import OnBytes
 from app.storage.jobs import JobStore
+from app.storage.objects.errors import StorageAway
 from app.storage.queue import WORK
 from app.storage.searches import SearchFolder
 from app.storage.signing_keys import SigningKey
@@ -169,6 +171,9 @@ class TaskRunner:
             logger.info("stopping while Redis is away")
         except EngineError as error:
             self._fail(attempt, as_job_error(error))
+        except StorageAway as error:
+            message = f"the artifact cannot be published: {error}; try again"
+            self._fail(attempt, JobError(code=ErrorCode.STORAGE_ERROR, message=message, retryable=True))
         except OSError as error:
             code = ErrorCode.DISK_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else ErrorCode.STORAGE_ERROR
             message = f"the data folder cannot be written: {error.strerror}"
@@ -200,10 +205,7 @@ class TaskRunner:
         try:
             spec = self._spec(record, folder, attempt)
         except Unwanted as end:
-            if self._is_stopping():
-                self._hand_back(attempt)
-            else:
-                self._withdraw(attempt, end.status)
+            self._gives_up(attempt, end)
             return
         meter = ProgressMeter(phases_of(spec))
         self._engine.run(spec)
@@ -241,6 +243,28 @@ class TaskRunner:
                     self._withdraw(attempt, status)
                     return
 
+    def _gives_up(self, attempt: Attempt, end: Unwanted) -> None:
+        if self._is_stopping():
+            self._hand_back(attempt)
+        else:
+            self._withdraw(attempt, end.status)
+
+    def _while_wanted(self, attempt: Attempt) -> OnBytes:
+        """Make a function that raises Unwanted once nobody wants the attempt any more."""
+        renewed = time.monotonic()
+
+        def on_bytes(done: int, total: int) -> None:
+            nonlocal renewed
+            if self._is_stopping():
+                raise Unwanted(Status.QUEUED)
+            if time.monotonic() - renewed >= self._renew_interval:
+                renewed = time.monotonic()
+                status = self._renew(attempt, None)
+                if status is not Status.RUNNING:
+                    raise Unwanted(status)
+
+        return on_bytes
+
     def _renew(self, attempt: Attempt, progress: Progress | None) -> Status | None:
         """Renew the lease. Returns the job's status, or None when the attempt is no longer ours.
 
@@ -273,7 +297,11 @@ class TaskRunner:
         start = time.monotonic()
         if isinstance(result, MergeResult):
             attest(folder, record, attempt, self._signing_key)
-        artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt))
+        try:
+            artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt, self._while_wanted(attempt)))
+        except Unwanted as end:
+            self._gives_up(attempt, end)
+            return
         started = self._insist(lambda: self._store.records.get(attempt.task.job))
         queued = ((started or record).started_ms or record.created_ms) - record.created_ms
         timings = result.timings.model_copy(

@@ -5,19 +5,20 @@ from datetime import UTC, datetime
 from typing import Annotated
 from urllib.parse import quote
 
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from app.api.conditional import PreconditionsOf, not_modified
 from app.api.dependencies import RecordOf, ServicesOf, read_again
-from app.api.files import ArchiveResponse, held_open, media_type, serve
+from app.api.files import ArchiveResponse, held_open, serve
 from app.api.openapi import NOT_MODIFIED, RANGES, Responses, file_responses, headers, problems
 from app.api.strict_route import StrictRoute
 from app.contracts.artifacts import FileEntry, Listing
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Record, Status
 from app.services.composition import Services
-from app.storage.files import Damaged, StoredFile
+from app.storage.files import Damaged, StoredFile, media_type
+from app.storage.objects.errors import StorageAway
 from worker.engine.catalog.contracts.report import PAGE_POLICY
 
 router = APIRouter(tags=["artifacts"], route_class=StrictRoute)
@@ -64,12 +65,15 @@ def list_files(record: RecordOf, services: ServicesOf) -> Listing:
     responses=file_responses("*/*") | problems(409),
     openapi_extra=RANGES,
 )
-def get_file(name: FileName, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
+def get_file(
+    name: FileName, record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf, request: Request
+) -> Response:
     """Send one file, with ranges, a strong ETag and its sha256 as Repr-Digest (RFC 9530).
 
-    It is sent to its end also when the job is removed meanwhile.
+    It is sent to its end also when the job is removed meanwhile. For a large file in object storage, the answer is 307
+    with a signed URL, if the service is set so.
     """
-    return serve(*_file(name, record, services), preconditions)
+    return serve(*_file(name, record, services), preconditions, redirects=request.method == "GET")
 
 
 @router.get(
@@ -80,7 +84,7 @@ def get_file(name: FileName, record: RecordOf, services: ServicesOf, preconditio
 )
 def report(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Response:
     """Send the report page."""
-    response = serve(*_file("report.html", record, services), preconditions, "inline")
+    response = serve(*_file("report.html", record, services), preconditions, "inline", redirects=False)
     response.headers.update({"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
     return response
 
@@ -125,10 +129,13 @@ def _intact(record: Record, services: Services) -> Iterator[str]:
         )
     try:
         yield record.artifact
+    except StorageAway as error:
+        problem, detail = Problem.STORAGE_UNAVAILABLE, f"the artifact of job {record.id} cannot be read: {error}"
+        raise ProblemError(problem, detail, None, **{"Retry-After": "10"}) from error
     except (FileNotFoundError, Damaged) as error:
         read_again(record, services)
         if isinstance(error, FileNotFoundError):
-            detail = f"the artifact of job {record.id} is gone from the data folder"
+            detail = f"the artifact of job {record.id} is gone from its storage"
             raise ProblemError(Problem.NOT_FOUND, detail) from error
         logger.error("the artifact of job %s is damaged: %s", record.id, error)
         detail = f"the artifact of job {record.id} is damaged: {error}; post its recipe again to have it made anew"

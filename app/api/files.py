@@ -3,26 +3,27 @@
 import base64
 import hashlib
 import logging
-import mimetypes
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from email.utils import format_datetime, formatdate
 from pathlib import Path
+from urllib.parse import quote
 
 from fastapi import Response
 from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
+from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from app.api.conditional import Preconditions, not_modified
 from app.api.ranges import wanted_ranges
-from app.storage.files import Damaged, LocalFile, StoredFile
+from app.storage.files import Damaged, LocalFile, StoredFile, media_type
+from app.storage.objects.errors import StorageAway
 
 CHUNK_BYTES = 1 << 20
 CACHING = "private, immutable"
-MEDIA_TYPES = {".safetensors": "application/octet-stream", ".md": "text/markdown; charset=utf-8"}
 logger = logging.getLogger(__name__)
 
 TAR_END = 2 * tarfile.BLOCKSIZE  # two empty blocks close an archive
@@ -59,6 +60,43 @@ class StoredFileResponse(FileResponse):
             await super().__call__({**scope, "headers": headers}, receive, send)
 
 
+class ReadFileResponse(StreamingResponse):
+    """A file that lies elsewhere and is passed on as it is read. Of several ranges, all of it is sent, as it may be."""
+
+    def __init__(self, file: StoredFile, disposition: str, modified: float) -> None:
+        digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
+        name = quote(file.name.rpartition("/")[2])
+        super().__init__(
+            iter(()),
+            media_type=media_type(file.name),
+            headers={
+                "ETag": _etag(file),
+                "Repr-Digest": f"sha-256=:{digest}:",
+                "Cache-Control": CACHING,
+                "Last-Modified": formatdate(modified, usegmt=True),
+                "Accept-Ranges": "bytes",
+                "Content-Length": str(file.bytes),
+                "Content-Disposition": f"{disposition}; filename*=utf-8''{name}",
+            },
+        )
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ranges = wanted_ranges(Headers(scope=scope), self._file.bytes, self.headers["etag"])
+        first, last = 0, self._file.bytes - 1
+        if ranges is not None and len(ranges) == 1:
+            [(first, last)] = ranges
+            self.status_code = 206
+            self.headers["Content-Range"] = f"bytes {first}-{last}/{self._file.bytes}"
+            self.headers["Content-Length"] = str(last - first + 1)
+        if scope["method"] != "HEAD":
+            self.body_iterator = iterate_in_threadpool(_part(self._file, first, last + 1))
+        try:
+            await super().__call__(scope, receive, send)
+        except (Damaged, StorageAway) as error:
+            logger.warning("a file is cut off: %s", error)
+
+
 class ArchiveResponse(StreamingResponse):
     """Files as a tar, made while it is sent. A large file that has several names is in it once.
 
@@ -92,7 +130,10 @@ class ArchiveResponse(StreamingResponse):
         with self._held:
             try:
                 await super().__call__(scope, receive, send)
-            except Damaged as error:  # its reader sees it too: the connection is closed before all is sent
+            except (
+                Damaged,
+                StorageAway,
+            ) as error:  # its reader sees it too: the connection is closed before all is sent
                 logger.warning("an archive is cut off, since its job was removed or its files changed: %s", error)
 
 
@@ -102,24 +143,34 @@ def held_open(file: StoredFile) -> tuple[StoredFile, ExitStack]:
     if file.url is not None:
         return file, held
     stream = held.enter_context(file.open())
+    if not isinstance(file, LocalFile):
+        return file, held
     return LocalFile(file.name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")), held
 
 
-def serve(file: StoredFile, held: ExitStack, preconditions: Preconditions, disposition: str = "attachment") -> Response:
-    """Answer with the file, its URL if clients can read it there, or 304 if the caller has it; `held` is closed."""
+def serve(
+    file: StoredFile,
+    held: ExitStack,
+    preconditions: Preconditions,
+    disposition: str = "attachment",
+    *,
+    redirects: bool = True,
+) -> Response:
+    """Answer with the file, its URL if clients can read it there, or 304 if the caller has it; `held` is closed.
+
+    Args:
+        redirects: whether the caller may be sent to the URL, which is for GET alone.
+    """
     with held:
-        if not isinstance(file, LocalFile):
-            return RedirectResponse(str(file.url), 307)
-        modified = file.path.stat().st_mtime
+        modified = file.modified
         if not preconditions.is_current(_etag(file), modified):
-            return StoredFileResponse(file, disposition, held.pop_all())
+            if isinstance(file, LocalFile):
+                return StoredFileResponse(file, disposition, held.pop_all())
+            if redirects and (url := file.url) is not None:  # it can be used for a while, and is another one then
+                return RedirectResponse(url, 307, {"Cache-Control": "no-store", "ETag": _etag(file)})
+            return ReadFileResponse(file, disposition, modified)
     headers = {"Cache-Control": CACHING, "Last-Modified": formatdate(modified, usegmt=True)}
     return not_modified(_etag(file), headers)
-
-
-def media_type(name: str) -> str:
-    suffix = "." + name.rpartition(".")[2]
-    return MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 def _etag(file: StoredFile) -> str:
@@ -157,6 +208,17 @@ def _tar(entries: Sequence[tuple[bytes, StoredFile | None]]) -> Iterator[bytes]:
                     yield chunk
             yield b"\0" * (_padded(file.bytes) - file.bytes)
     yield b"\0" * TAR_END
+
+
+def _part(file: StoredFile, begin: int, end: int) -> Iterator[bytes]:
+    with file.open() as stream:
+        stream.seek(begin)
+        while begin < end:
+            chunk = stream.read(min(end - begin, CHUNK_BYTES))
+            if not chunk:
+                raise Damaged(f"{file.name} became shorter")
+            begin += len(chunk)
+            yield chunk
 
 
 def _padded(size: int) -> int:

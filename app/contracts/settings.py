@@ -7,7 +7,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.contracts.addresses import as_address
@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     data_dir: Path = Path("maskmerge-data")
     """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
     artifact_store: str = "folder"
-    """Store that keeps artifacts: `folder` keeps them in the data folder."""
+    """Store that keeps artifacts: `folder` keeps them in the data folder, `s3:BUCKET/PREFIX` in object storage."""
     s3_buckets: Annotated[tuple[str, ...], NoDecode] = ()
     """Buckets that `s3:` references may name, separated by commas, each with a prefix or without, such as
     `models,data/shared`. `{tenant}` stands for the name of the tenant, as in `local_roots`."""
@@ -60,6 +60,11 @@ class Settings(BaseSettings):
     s3_credentials_file: Path | None = None
     """File with the keys to object storage, in the form of ~/.aws/credentials; it is read again every few minutes. When
     not set, the keys are in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or those of the machine's or pod's role."""
+    s3_signed_seconds: Annotated[float, BeforeValidator(_seconds), Field(ge=0, le=604_800)] = 900
+    """Time for which a signed URL can be used, to which the download of a large file of an artifact in object storage
+    is sent: in seconds, or as 15m. With 0, the API sends all files itself."""
+    s3_public_endpoint: str | None = None
+    """URL of the object storage in signed URLs, where clients reach it by another than `s3_endpoint`."""
     max_cache_bytes: Annotated[int, Field(ge=0)] = 50_000_000_000
     """Room in the data folder for copies of inputs from object storage. Beyond it, copies that no job reads are
     removed, those that were not used for longest first."""
@@ -196,7 +201,20 @@ class Settings(BaseSettings):
             Location.parse(place.replace("{tenant}", "tenant"))
         return stripped
 
-    @field_validator("s3_endpoint")
+    @model_validator(mode="after")
+    def _artifacts_are_apart(self) -> "Settings":
+        store, _, place = self.artifact_store.partition(":")
+        if store == "s3":
+            artifacts = Location.parse(place)
+            for bucket in self.s3_buckets:
+                readable = Location.parse(bucket.partition("{")[0].removesuffix("/"))
+                if readable.covers(artifacts) or artifacts.covers(readable):
+                    raise ValueError(
+                        f"artifacts in s3:{place} could be read as inputs by MASKMERGE_S3_BUCKETS={bucket}"
+                    )
+        return self
+
+    @field_validator("s3_endpoint", "s3_public_endpoint")
     @classmethod
     def _is_endpoint(cls, endpoint: str | None) -> str | None:
         if endpoint is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+/?", endpoint):
@@ -208,6 +226,8 @@ class Settings(BaseSettings):
         return ObjectStorage(
             buckets=self.s3_buckets,
             endpoint=self.s3_endpoint,
+            public_endpoint=self.s3_public_endpoint,
+            signed_seconds=self.s3_signed_seconds,
             region=self.s3_region,
             credentials_file=self.s3_credentials_file,
             max_cache_bytes=self.max_cache_bytes,

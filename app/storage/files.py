@@ -1,11 +1,14 @@
 """Published files, wherever they are stored."""
 
+import mimetypes
 import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+MEDIA_TYPES = {".safetensors": "application/octet-stream", ".md": "text/markdown; charset=utf-8"}
 
 
 class Damaged(Exception):
@@ -28,11 +31,20 @@ class StoredFile(Protocol):
     def url(self) -> str | None:
         """URL at which clients can read the file themselves; None when the API must send it."""
 
+    @property
+    def modified(self) -> float:
+        """Time at which it was published, in seconds since 1970."""
+
     def check(self) -> None:
         """Raises Damaged unless the file is there and has its length."""
 
     def open(self) -> BinaryIO:
         """Open the file, which stays readable after it is removed. Raises Damaged as `check` does."""
+
+
+def media_type(name: str) -> str:
+    suffix = "." + name.rpartition(".")[2]
+    return MEDIA_TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 def stored_bytes(files: Iterable[StoredFile]) -> int:
@@ -49,6 +61,10 @@ class LocalFile:
     sha256: str
     path: Path
     url: str | None = None
+
+    @property
+    def modified(self) -> float:
+        return self.path.stat().st_mtime
 
     def check(self) -> None:
         try:

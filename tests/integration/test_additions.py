@@ -251,10 +251,10 @@ def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
 
 def test_a_store_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     settings = Settings(redis_url=SecretStr("redis://127.0.0.1:1"), data_dir=tmp_path, artifact_store="shelf")
-    with pytest.raises(ValueError, match="MASKMERGE_ARTIFACT_STORE is 'shelf', and the stores are folder"):
+    with pytest.raises(ValueError, match="MASKMERGE_ARTIFACT_STORE is 'shelf', and the stores are folder, s3"):
         compose(settings)
     environment = {**os.environ, "MASKMERGE_REDIS_URL": "redis://127.0.0.1:1", "MASKMERGE_ARTIFACT_STORE": "store"}
-    problem = "MASKMERGE_ARTIFACT_STORE is 'store', and the stores are folder\n"
+    problem = "MASKMERGE_ARTIFACT_STORE is 'store', and the stores are folder, s3\n"
     for command, code, said in (
         (["worker"], 2, problem),
         (["app.cli", "api"], 2, f"maskmerge: {problem}"),

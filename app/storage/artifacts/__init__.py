@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from app.contracts.object_storage import NO_BUCKETS, ObjectStorage
 from app.storage.artifacts.store import ArtifactStore, StoreContext
 
-NO_STORES = ("store",)
+NO_STORES = ("store", "work")
 """Modules of this package that have no store."""
 
 

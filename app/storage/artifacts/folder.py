@@ -5,12 +5,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from app.contracts.jobs import Attempt, Stage, TaskId
-from app.storage.artifacts.store import ArtifactStore, Manifest, StoreContext, artifact_name
+from app.contracts.jobs import Attempt, TaskId
+from app.storage.artifacts.store import ArtifactStore, Manifest, StoreContext
+from app.storage.artifacts.work import WorkFolders
 from app.storage.files import Damaged, LocalFile
 from app.storage.inputs import OnBytes, RootedPath
 from worker.engine.catalog.contracts.report import MANIFEST
@@ -28,67 +29,52 @@ class FolderStore:
     """Keeps artifacts in `work/<job>.<attempt>` while attempts assemble them, then in `artifacts/<job>.<attempt>`."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._work = data_dir.resolve() / "work"
-        self._published = data_dir.resolve() / "artifacts"
+        self._work = WorkFolders(data_dir.resolve() / "work")
+        self._published = WorkFolders(data_dir.resolve() / "artifacts")
 
     def prepare(self) -> None:
-        for folder in (self._work, self._published):
-            folder.mkdir(parents=True, exist_ok=True)
+        for parent in (self._work, self._published):
+            parent.folder.mkdir(parents=True, exist_ok=True)
 
     def is_writable(self) -> bool:
-        return all(folder.is_dir() and os.access(folder, os.W_OK) for folder in (self._work, self._published))
+        return self._work.is_writable() and self._published.is_writable()
 
     def free_bytes(self) -> int:
-        return shutil.disk_usage(self._work).free
+        return self._work.free_bytes()
 
     def assembled_bytes(self) -> int:
-        taken: dict[tuple[int, int], int] = {}  # a file that is linked several times is there once
-        for path in self._work.rglob("*"):
-            with suppress(FileNotFoundError):  # its attempt ends meanwhile
-                found = path.lstat()
-                taken[found.st_dev, found.st_ino] = found.st_blocks * 512
-        return sum(taken.values())
+        return self._work.taken_bytes()
 
     def begin(self, attempt: Attempt) -> Path:
-        for parent in (self._work, self._published):
-            for earlier in parent.glob(f"{attempt.task.job}.*"):
-                shutil.rmtree(earlier, ignore_errors=True)
-        folder = self._work / artifact_name(attempt)
-        folder.mkdir(parents=True)
-        return folder
+        self._published.remove_of_job(attempt.task.job)
+        return self._work.begin(attempt)
 
-    def publish(self, attempt: Attempt) -> str:
+    def publish(self, attempt: Attempt, on_bytes: OnBytes) -> str:
         """Rename the folder. Files are flushed first, so that a machine's crash after that leaves no empty ones."""
-        name = artifact_name(attempt)
-        folder = self._work / name
+        folder = self._work.of(attempt)
         for path in [*folder.rglob("*"), folder]:
             _flush(path)
-        (self._work / name).rename(self._published / name)
-        _flush(self._published)
-        return name
+        folder.rename(self._published.of(attempt))
+        _flush(self._published.folder)
+        return folder.name
 
     def discard(self, attempt: Attempt) -> None:
         for parent in (self._work, self._published):
-            shutil.rmtree(parent / artifact_name(attempt), ignore_errors=True)
+            parent.discard(attempt)
 
     def remove(self, artifact: str) -> None:
-        shutil.rmtree(self._published / artifact, ignore_errors=True)
+        shutil.rmtree(self._published.folder / artifact, ignore_errors=True)
 
     def open(self, artifact: str) -> "FolderArtifact":
-        return FolderArtifact(self._published / artifact)
+        return FolderArtifact(self._published.folder / artifact)
 
     def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
-        removed = 0
+        removed = []
         for parent in (self._work, self._published):
-            for folder in parent.iterdir() if parent.is_dir() else ():
-                job, dot, number = folder.name.partition(".")
-                if dot and number.isdigit():
-                    task = TaskId(job=job, stage=Stage.MERGE)
-                    if not is_wanted(task, int(number), parent is self._published):
-                        logger.info("removing %s, left by an attempt that did not end", folder.name)
-                        shutil.rmtree(folder, ignore_errors=True)
-                        removed += 1
-        return removed
+            removed += parent.sweep(lambda task, number, p=parent: is_wanted(task, number, p is self._published))
+        for name in removed:
+            logger.info("removed %s, left by an attempt that did not end", name)
+        return len(removed)
 
 
 class FolderArtifact:
@@ -118,7 +104,7 @@ class FolderArtifact:
     def inspect(self, model: str) -> Iterator[RootedPath]:
         yield self._checked(model)
 
-    def fetch(self, model: str, on_bytes: OnBytes) -> RootedPath:
+    def fetch(self, model: str, on_bytes: OnBytes, held: ExitStack) -> RootedPath:
         return self._checked(model)
 
     @cached_property

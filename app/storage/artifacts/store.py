@@ -5,7 +5,7 @@ The job's record says which attempt's artifact is the job's. An artifact that no
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -38,8 +38,8 @@ class Artifact(Protocol):
     def inspect(self, model: str) -> AbstractContextManager[RootedPath]:
         """Provide a folder with the files from which a model's headers are read; weight files may be headers alone."""
 
-    def fetch(self, model: str, on_bytes: OnBytes) -> RootedPath:
-        """Provide a folder with all files of a model."""
+    def fetch(self, model: str, on_bytes: OnBytes, held: ExitStack) -> RootedPath:
+        """Provide a folder with all files of a model, which stays until `held` is closed."""
 
 
 class ArtifactStore(Protocol):
@@ -59,8 +59,12 @@ class ArtifactStore(Protocol):
     def begin(self, attempt: Attempt) -> Path:
         """Make an empty folder, private to the attempt, and remove whatever earlier attempts of the job left."""
 
-    def publish(self, attempt: Attempt) -> str:
-        """Make the whole of the attempt's folder readable by a name, and return that name."""
+    def publish(self, attempt: Attempt, on_bytes: OnBytes) -> str:
+        """Make the whole of the attempt's folder readable by a name, and return that name.
+
+        Args:
+            on_bytes: called often where it takes long. Where it raises, nothing is published.
+        """
 
     def discard(self, attempt: Attempt) -> None:
         """Remove whatever the attempt left, published or not."""

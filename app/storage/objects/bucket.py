@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import obstore
@@ -21,6 +21,10 @@ from obstore.store import S3Store
 from app.contracts.object_storage import ObjectStorage
 from app.storage.inputs import OnBytes
 from app.storage.objects.credentials import KeyFile
+from app.storage.objects.errors import Forbidden, NoBucket, ObjectChanged, StorageAway
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
 
 PART_BYTES = 8 << 20  # of a download; large enough that the time until its first byte does not count
 UPLOADED_BYTES = 16 << 20  # of an upload: 10,000 parts are 160 GB
@@ -29,24 +33,7 @@ UPLOADS = 4
 TICK_S = 0.5  # whoever waits for bytes is told this often, and may give up
 MOST_OBJECTS = 10_000
 
-Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
-
-
-class StorageAway(OSError):
-    """Object storage does not answer, or refuses; the message names the bucket and says why."""
-
-
-class Forbidden(StorageAway):
-    """The service's keys may not do this."""
-
-
-class NoBucket(FileNotFoundError):
-    """There is no such bucket."""
-
-
-class ObjectChanged(Exception):
-    """An object is not the one that was listed; the message names its key."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +76,11 @@ class Bucket:
                     raise ValueError(f"there are more than {most} objects below {self.name}/{prefix}")
         return found
 
-    def folders(self, prefix: str) -> list[str]:
-        """Return the prefixes one level below a prefix. Raises StorageAway."""
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Yield the keys of all objects below a prefix, however many there are. Raises StorageAway."""
         with self._translated():
-            return list(obstore.list_with_delimiter(self._store, prefix or None)["common_prefixes"])
+            for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
+                yield from (one["path"] for one in chunk)
 
     def head(self, key: str) -> StoredObject:
         """Raises FileNotFoundError, StorageAway."""
@@ -105,7 +93,9 @@ class Bucket:
         end = one.size if end is None else min(end, one.size)
         if begin >= end:
             return b""
-        return self._run(self._range(one, begin, end))
+        with self._translated(one.key), _listed(one):
+            found = obstore.get(self._store, one.key, options={"range": (begin, end)})
+            return self._checked(one, end - begin, found.meta, bytes(found.bytes()))
 
     def read_whole(self, key: str, most: int) -> tuple[bytes, float]:
         """Return an object of at most so many bytes, and when it was written, in seconds since 1970.
@@ -130,12 +120,7 @@ class Bucket:
         Raises:
             ObjectChanged, StorageAway; OSError where a file cannot be written; and whatever `on_bytes` raises.
         """
-        self._run(_Download(self._range, wanted, on_bytes).run())
-
-    def write(self, key: str, content: bytes, media_type: str) -> None:
-        """Write an object at once. Raises StorageAway."""
-        with self._translated(key):
-            obstore.put(self._store, key, content, attributes={"Content-Type": media_type}, use_multipart=False)
+        asyncio.run(_Download(self._range, wanted, on_bytes).run())
 
     def upload(self, key: str, path: Path, media_type: str, on_read: Callable[[int], object]) -> None:
         """Upload a file, in parts where it is large; nobody sees it before all are there.
@@ -147,13 +132,7 @@ class Bucket:
         Raises:
             StorageAway; OSError where the file cannot be read; and whatever `on_read` raises.
         """
-        size = path.stat().st_size
-        if size <= UPLOADED_BYTES:
-            on_read(0)
-            self.write(key, path.read_bytes(), media_type)
-            on_read(size)
-            return
-        self._run(self._upload(key, path, media_type, on_read))
+        asyncio.run(self._upload(key, path, media_type, on_read))
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove objects, one after the other, since not every storage removes several at once. Raises StorageAway."""
@@ -204,16 +183,15 @@ class Bucket:
         )
 
     async def _range(self, one: StoredObject, begin: int, end: int) -> bytes:
-        with self._translated(one.key):
-            try:
-                found = await obstore.get_async(self._store, one.key, options={"range": (begin, end)})
-            except FileNotFoundError:
-                raise ObjectChanged(f"{one.key} is gone") from None
-            # Compared here, because not every storage knows If-Match.
-            if found.meta["e_tag"] not in (None, one.etag) or found.meta["size"] != one.size:
-                raise ObjectChanged(f"{one.key} was changed")
-            content = bytes(await found.bytes_async())
-        if len(content) != end - begin:
+        with self._translated(one.key), _listed(one):
+            found = await obstore.get_async(self._store, one.key, options={"range": (begin, end)})
+            return self._checked(one, end - begin, found.meta, bytes(await found.bytes_async()))
+
+    def _checked(self, one: StoredObject, expected: int, meta: "ObjectMeta", content: bytes) -> bytes:
+        # Compared here, because not every storage knows If-Match.
+        if meta["e_tag"] not in (None, one.etag) or meta["size"] != one.size:
+            raise ObjectChanged(f"{one.key} was changed")
+        if len(content) != expected:
             raise StorageAway(f"bucket {self.name} sends only a part of {one.key}")
         return content
 
@@ -221,9 +199,13 @@ class Bucket:
         problem: list[BaseException] = []
 
         def tell(count: int) -> None:
-            if problem:
+            if not problem:
+                try:
+                    on_read(count)
+                except BaseException as error:
+                    problem.append(error)
+            if problem:  # no further part is read then, and the library removes the parts before
                 raise problem[0]
-            on_read(count)
 
         def parts() -> Iterator[bytes]:
             with path.open("rb") as stream:
@@ -232,12 +214,14 @@ class Bucket:
                     yield part
 
         async def put() -> None:
+            is_small = path.stat().st_size <= UPLOADED_BYTES
             with self._translated(key):
                 await obstore.put_async(
                     self._store,
                     key,
-                    parts(),
+                    b"".join(parts()) if is_small else parts(),
                     attributes={"Content-Type": media_type},
+                    use_multipart=not is_small,
                     chunk_size=UPLOADED_BYTES,
                     max_concurrency=UPLOADS,
                 )
@@ -245,22 +229,23 @@ class Bucket:
         upload = asyncio.create_task(put())
         try:
             while not (await asyncio.wait([upload], timeout=TICK_S))[0]:
-                on_read(0)
+                tell(0)
             await upload
-        except BaseException as error:
-            if not upload.done():
-                problem.append(error)  # so that the next part is not read, and the parts before are removed
-                upload.cancel()
+        except BaseException:
+            upload.cancel()
+            if problem:  # not every storage can remove parts, and what it says of that is no answer
+                raise problem[0] from None
             raise
-
-    def _run(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        return asyncio.run(work)
 
     @contextmanager
     def _translated(self, key: str = "") -> Iterator[None]:
         where = f"bucket {self.name}"
         try:
             yield
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise NoBucket(f"there is no bucket {self.name}") from None
+            raise FileNotFoundError(key) from None
         except (PermissionDeniedError, UnauthenticatedError):
             raise Forbidden(f"{where} may not be used with this service's keys") from None
         except BaseError as error:
@@ -269,6 +254,14 @@ class Bucket:
                 raise NoBucket(f"there is no bucket {self.name}") from None
             logger.debug("object storage fails: %s of %s", type(error).__name__, where)
             raise StorageAway(f"{where}{f' ({key})' if key else ''} {_why(said)}") from None
+
+
+@contextmanager
+def _listed(one: StoredObject) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise ObjectChanged(f"{one.key} is gone") from None
 
 
 def _why(said: str) -> str:

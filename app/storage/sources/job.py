@@ -9,7 +9,8 @@ from app.contracts.references import Reference, ReferenceError
 from app.storage.artifacts.store import Artifact, ArtifactStore
 from app.storage.files import Damaged
 from app.storage.inputs import OnBytes, RootedPath
-from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext
+from app.storage.objects.errors import StorageAway
+from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext, StorageUnavailable
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 
 IS_REMOTE = False
@@ -17,7 +18,7 @@ JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})
 
 
 def opened(context: SourceContext) -> Source:
-    return JobSource(context.outcome, context.artifacts)
+    return JobSource(context.outcome, context.artifacts, context.held)
 
 
 def job_named(text: str) -> str | None:
@@ -33,12 +34,15 @@ class JobSource:
     """Finds models in the artifacts of jobs that succeeded.
 
     Args:
-        outcome: see `SourceContext`.
+        outcome, held: see `SourceContext`.
     """
 
-    def __init__(self, outcome: Callable[[str], Outcome | Gone | None], artifacts: ArtifactStore) -> None:
+    def __init__(
+        self, outcome: Callable[[str], Outcome | Gone | None], artifacts: ArtifactStore, held: ExitStack
+    ) -> None:
         self._outcome = outcome
         self._artifacts = artifacts
+        self._held = held
 
     def resolve(self, reference: Reference, kind: InputKind) -> Reference:
         if kind == "rows":
@@ -65,7 +69,7 @@ class JobSource:
         try:
             with _intact(reference):
                 artifact, model = self._artifact(reference)
-                return FetchedInput(artifact.fetch(model, on_bytes))
+                return FetchedInput(artifact.fetch(model, on_bytes, self._held))
         except ReferenceError as error:
             job, _ = _parsed(reference)
             if isinstance(self._outcome(job), Outcome):
@@ -99,6 +103,8 @@ def _intact(reference: Reference) -> Iterator[None]:
     """Turn any damage of an artifact into a ReferenceError."""
     try:
         yield
+    except StorageAway as error:
+        raise StorageUnavailable(f"{reference}: {error}") from error
     except (FileNotFoundError, Damaged) as error:
         why = str(error) if isinstance(error, Damaged) else "it is gone"
         job, _ = _parsed(reference)

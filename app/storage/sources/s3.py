@@ -9,17 +9,9 @@ from tempfile import TemporaryDirectory
 from app.contracts.object_storage import Location, ObjectStorage
 from app.contracts.references import Reference, ReferenceError
 from app.storage.inputs import OnBytes, RootedPath
-from app.storage.objects.bucket import (
-    AT_THE_DOOR,
-    AT_WORK,
-    Bucket,
-    Forbidden,
-    NoBucket,
-    ObjectChanged,
-    StorageAway,
-    StoredObject,
-)
+from app.storage.objects.bucket import AT_THE_DOOR, AT_WORK, Bucket, StoredObject
 from app.storage.objects.cache import ObjectCache
+from app.storage.objects.errors import Forbidden, NoBucket, ObjectChanged, StorageAway
 from app.storage.objects.rows import first_rows
 from app.storage.outlines import write_header, write_outline
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext, StorageUnavailable
