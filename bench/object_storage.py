@@ -3,9 +3,9 @@
     python bench/object_storage.py [--shape NAME] [--rounds N] [--endpoint URL] [--json FILE]
 
 It starts a service of its own. The server at the endpoint, to which AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are the
-keys, must send ranges without reading the whole object, which s3rver and MinIO do and moto does not. Times are those of
-the job from its start to its end, the best of the rounds, in which the three kinds take turns. The copies of inputs are removed before each round, so the first merge of objects reads all
-of them over the network.
+keys, must send ranges without reading whole objects, which s3rver and MinIO do and moto does not. Times are those of
+the job from its start to its end, the best of the rounds, in which the three kinds take turns. The copies of inputs are
+removed before each round, so the first merge of objects reads all of them over the network.
 """
 
 import argparse

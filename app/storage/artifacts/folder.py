@@ -13,7 +13,7 @@ from app.contracts.jobs import Attempt, TaskId
 from app.storage.artifacts.store import ArtifactStore, Manifest, StoreContext
 from app.storage.artifacts.work import WorkFolders
 from app.storage.files import Damaged, LocalFile
-from app.storage.inputs import OnBytes, RootedPath
+from app.storage.inputs import OnBytes, RootedPath, untold
 from worker.engine.catalog.contracts.report import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class FolderStore:
         self._published.remove_of_job(attempt.task.job)
         return self._work.begin(attempt)
 
-    def publish(self, attempt: Attempt, on_bytes: OnBytes) -> str:
+    def publish(self, attempt: Attempt, on_bytes: OnBytes = untold) -> str:
         """Rename the folder. Files are flushed first, so that a machine's crash after that leaves no empty ones."""
         folder = self._work.of(attempt)
         for path in [*folder.rglob("*"), folder]:

@@ -19,7 +19,7 @@ from app.contracts.object_storage import Location
 from app.storage.artifacts.store import ArtifactStore, Manifest, StoreContext, artifact_name
 from app.storage.artifacts.work import WorkFolders, attempt_named
 from app.storage.files import Damaged, StoredFile, media_type
-from app.storage.inputs import OnBytes, RootedPath
+from app.storage.inputs import OnBytes, RootedPath, untold
 from app.storage.objects.bucket import AT_THE_DOOR, AT_WORK, IN_PASSING, Bucket, Patience, StoredObject
 from app.storage.objects.cache import ObjectCache
 from app.storage.objects.errors import ObjectChanged
@@ -79,7 +79,7 @@ class ObjectStore:
         self._remove(attempt.task.job)
         return self._work.begin(attempt)
 
-    def publish(self, attempt: Attempt, on_bytes: OnBytes) -> str:
+    def publish(self, attempt: Attempt, on_bytes: OnBytes = untold) -> str:
         """Upload the folder's files, then its manifest."""
         folder, name = self._work.of(attempt), artifact_name(attempt)
         manifest = (folder / MANIFEST).read_bytes()

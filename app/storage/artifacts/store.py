@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from app.contracts.jobs import Attempt, TaskId
 from app.contracts.object_storage import ObjectStorage
 from app.storage.files import Damaged, StoredFile
-from app.storage.inputs import OnBytes, RootedPath
+from app.storage.inputs import OnBytes, RootedPath, untold
 from worker.engine.catalog.contracts.report import MANIFEST
 
 
@@ -59,7 +59,7 @@ class ArtifactStore(Protocol):
     def begin(self, attempt: Attempt) -> Path:
         """Make an empty folder, private to the attempt, and remove whatever earlier attempts of the job left."""
 
-    def publish(self, attempt: Attempt, on_bytes: OnBytes) -> str:
+    def publish(self, attempt: Attempt, on_bytes: OnBytes = untold) -> str:
         """Make the whole of the attempt's folder readable by a name, and return that name.
 
         Args:
