@@ -151,7 +151,12 @@ def test_what_crashes_and_cancels_leave_is_never_seen_and_goes(place: Place) -> 
         with pytest.raises(FileNotFoundError):
             _ = store.open(f"{JOB}.1").files
     wanted: list[tuple[str, int, bool]] = []
-    store.sweep(lambda task, number, published: wanted.append((task.job, number, published)) or True)
+
+    def is_wanted(task: TaskId, number: int, published: bool) -> bool:
+        wanted.append((task.job, number, published))
+        return True
+
+    assert store.sweep(is_wanted) == 0
     assert set(wanted) == {(JOB, 1, False), *([(JOB, 1, True)] if place.server else [])}
     store.discard(attempt())
     assert place.visible() == []

@@ -9,6 +9,7 @@ from redis import Redis
 from app.contracts.jobs import Attempt, Record, Stage, Status, TaskId
 from app.contracts.requests import MergeRequest
 from app.storage.artifacts.folder import FolderStore
+from app.storage.inputs import OnBytes, untold
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
 from app.storage.searches import SearchFolder
@@ -55,7 +56,7 @@ class DisturbedFolder(FolderStore):
         self._store = store
         self._how = how
 
-    def publish(self, attempt: Attempt) -> str:
+    def publish(self, attempt: Attempt, on_bytes: OnBytes = untold) -> str:
         return self._how(self._undisturbed, self._store, attempt)
 
 

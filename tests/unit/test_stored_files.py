@@ -14,6 +14,7 @@ class SignedFile:
     name: str = "models/a/model.safetensors"
     bytes: int = 8
     sha256: str = "0" * 64
+    modified: float = 0
     url: str = "https://storage.example.org/a?signature=x"
 
     def check(self) -> None:

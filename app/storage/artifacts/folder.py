@@ -69,9 +69,10 @@ class FolderStore:
         return FolderArtifact(self._published.folder / artifact)
 
     def sweep(self, is_wanted: Callable[[TaskId, int, bool], bool]) -> int:
-        removed = []
-        for parent in (self._work, self._published):
-            removed += parent.sweep(lambda task, number, p=parent: is_wanted(task, number, p is self._published))
+        removed = [
+            *self._work.sweep(lambda task, number: is_wanted(task, number, False)),
+            *self._published.sweep(lambda task, number: is_wanted(task, number, True)),
+        ]
         for name in removed:
             logger.info("removed %s, left by an attempt that did not end", name)
         return len(removed)
