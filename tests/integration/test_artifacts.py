@@ -211,7 +211,7 @@ def test_an_artifact_that_is_gone_is_told_as_such(api: Api) -> None:
     for part in ("artifacts", "artifacts/report.html", "report", "archive"):
         response = api.http.get(f"/jobs/{job_id}/{part}")
         assert_problem(response, 404, "not_found")
-        assert "gone from the data folder" in response.json()["detail"]
+        assert "is gone from its storage" in response.json()["detail"]
 
 
 def test_a_second_removal_says_that_there_was_one(api: Api) -> None:
