@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from app.contracts.api_keys import DEFAULT_TENANT
 from app.storage.files import LocalFile
 from app.storage.tenants import statistics_of, statistics_of_others
-from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, About
+from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, NODE_SUMS, About
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,9 @@ def _state(stat: stat_result) -> tuple[int, int]:
 
 
 def _read(path: Path, state: tuple[int, int]) -> KeptStatistic | None:
-    """Read an entry; None when it is gone, or a worker of another version wrote it."""
+    """Read an entry; None when it is gone, is a part of one to come, or a worker of another version wrote it."""
     try:
-        return KeptStatistic(path.name, state, About.model_validate_json((path / ABOUT).read_bytes()), path)
+        about = About.model_validate_json((path / ABOUT).read_bytes())
     except (OSError, ValidationError):
         return None
+    return None if about.facts.statistic == NODE_SUMS else KeptStatistic(path.name, state, about, path)

@@ -13,7 +13,7 @@ import torch
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.checkpoints.views import Views
 from worker.engine.catalog.contracts.report import Timings
-from worker.engine.catalog.contracts.spec import JobSpec, StoreSpec
+from worker.engine.catalog.contracts.spec import JobSpec, SharedScoring, StoreSpec
 from worker.engine.catalog.planning.holding import Holding
 from worker.engine.catalog.primitives.notes import in_order
 from worker.engine.checkpoints.reader import Digests, TensorReader
@@ -58,6 +58,11 @@ class JobContext:
     reader: TensorReader
     """Reads statistics that come from files."""
     on_progress: OnProgress
+    shard_seconds: float | None = None
+    """Seconds of scoring in a shard; None: this job's scoring is not cut."""
+    shared: SharedScoring = field(default_factory=SharedScoring)
+    batch_tokens: dict[str, int] = field(default_factory=dict)
+    """Numbers of padded tokens that the job computes together, by the address of a model's scores."""
     _notes: list[str] = field(default_factory=list)
     _of_memory: list[str] = field(default_factory=list)
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -106,11 +111,11 @@ class JobContext:
         return Phase(name, total, unit, self.on_progress)
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Take the time of a step for the field `name` of `Timings`."""
+    def timed(self, name: str, before: float = 0.0) -> Iterator[None]:
+        """Take the time of a step for the field `name` of `Timings`; `before` is what it took in other processes."""
         start = time.monotonic()
         yield
-        self._seconds[name] = round(time.monotonic() - start, 3)
+        self._seconds[name] = round(before + time.monotonic() - start, 3)
 
     @property
     def timings(self) -> Timings:
@@ -135,7 +140,9 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
         store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes, where.others))
         reader = stack.enter_context(TensorReader())
         precision = resolve_precision(spec.method.precision, lasting.device)
-        context = JobContext(lasting, precision, store, views, reader, on_progress)
+        tokens = dict(spec.shared.batch_tokens)
+        seconds = None if spec.store is None else spec.shard_seconds
+        context = JobContext(lasting, precision, store, views, reader, on_progress, seconds, spec.shared, tokens)
         if precision == "bfloat16" and not has_bfloat16(lasting.device):
             context.note(SLOW_BFLOAT16)
         yield context

@@ -2,12 +2,13 @@
 
 import torch
 
-from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
-from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
+from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, ShardSpec
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.jobs.context import EngineState, job_context
 from worker.engine.jobs.merge import merge
 from worker.engine.jobs.score import score
+from worker.engine.jobs.shard import measure_shard
 from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import best_device
 from worker.engine.runtime.progress import OnProgress
@@ -17,7 +18,7 @@ from worker.engine.scoring.batching import BatchSizes
 class Engine:
     """Runs jobs one after the other, keeping models warm between them.
 
-    All methods leave a complete artifact in the job's folder.
+    Merging and scoring leave a complete artifact in the job's folder.
 
     Raises:
         EngineError: the job cannot be done; the message names the file, tensor or row. Any other exception is a fault
@@ -28,8 +29,12 @@ class Engine:
         device = device or best_device()
         self._lasting = EngineState(device, ModelCache(device), BatchSizes(), Digests())
 
-    def run(self, spec: MergeSpec | ScoreSpec, on_progress: OnProgress) -> MergeResult | ScoreResult:
-        """Run a job of either kind."""
+    def run(
+        self, spec: MergeSpec | ScoreSpec | ShardSpec, on_progress: OnProgress
+    ) -> MergeResult | ScoreResult | ShardResult:
+        """Run a job of any kind. Raises Cut when its scoring is left to shards."""
+        if isinstance(spec, ShardSpec):
+            return self.shard(spec, on_progress)
         return self.merge(spec, on_progress) if isinstance(spec, MergeSpec) else self.score(spec, on_progress)
 
     def merge(self, spec: MergeSpec, on_progress: OnProgress) -> MergeResult:
@@ -41,3 +46,8 @@ class Engine:
         """Measure every model, and keep its statistics."""
         with job_context(spec, self._lasting, on_progress) as context:
             return score(spec, context)
+
+    def shard(self, spec: ShardSpec, on_progress: OnProgress) -> ShardResult:
+        """Measure a shard of a job's scoring, and keep what it finds."""
+        with job_context(spec, self._lasting, on_progress) as context:
+            return measure_shard(spec, context)

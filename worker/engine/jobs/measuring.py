@@ -9,6 +9,7 @@ from worker.engine.catalog.methods import GRAM, NODE_FISHER, PARAMETER_FISHER, M
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.jobs.context import JobContext
+from worker.engine.jobs.cutting import Cutter, Part
 from worker.engine.jobs.preparing import truncation
 from worker.engine.jobs.results import with_errors
 from worker.engine.merging.job_models import JobModel
@@ -40,8 +41,8 @@ def for_method(method: MethodParameters, model: JobModel) -> JobModel:
 
 def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobModel]]:
     """Measure the models of every part of the work. The phase's total counts all rows of each."""
-    store, batches = context.store, context.lasting.batches
-    measurers = [Measurer(part.method, part.plan.linear_inputs, context.precision, store, batches) for part in work]
+    common = (context.precision, context.store, context.lasting.batches, context.batch_tokens)
+    measurers = [Measurer(part.method, part.plan.linear_inputs, *common) for part in work]
     total = sum(
         measurer.passes(model.given) * len(model.rows.sample)
         for measurer, part in zip(measurers, work, strict=True)
@@ -55,9 +56,29 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
             wanted[_rows_of(model)] |= part.method.statistics - model.given.keys()
     found = {}
     # First those that run passes which others can share.
-    for place in sorted(range(len(work)), key=lambda place: NODE_FISHER not in work[place].method.statistics):
-        found[place] = _measure(work[place], measurers[place], scoring, wanted, context)
-    return [found[place] for place in range(len(work))]
+    order = sorted(range(len(work)), key=lambda place: NODE_FISHER not in work[place].method.statistics)
+    cutter = Cutter(
+        [
+            Part(part.method, model, sample, measurer.passes(model.given), also, context.precision)
+            for part, measurer in ((work[place], measurers[place]) for place in order)
+            for model in part.models
+            if (sample := model.rows.sample) is not None and measurer.passes(model.given)
+            for also in [frozenset(wanted[_rows_of(model)] - part.method.statistics)]
+        ],
+        context,
+    )
+    for place in order:
+        found[place] = _measure(work[place], measurers[place], scoring, cutter, wanted, context)
+    return [[_with_shards(model, context) for model in found[place]] for place in range(len(work))]
+
+
+def _with_shards(model: JobModel, context: JobContext) -> JobModel:
+    """Count what the job's own shards have measured, which the store has, as measured in this job."""
+    seconds = context.shared.seconds.get(model.name)
+    if seconds is None:
+        return model
+    measured = replace(model.measured, cached=False, seconds=model.measured.seconds + seconds)
+    return replace(model, measured=measured)
 
 
 def _rows_of(model: JobModel) -> object:
@@ -70,6 +91,7 @@ def _measure(
     work: Measuring,
     measurer: Measurer,
     scoring: Phase,
+    cutter: Cutter,
     wanted: Mapping[object, Collection[str]],
     context: JobContext,
 ) -> list[JobModel]:
@@ -85,8 +107,14 @@ def _measure(
     def extend(index: int, rows: int, statistics: Collection[str], also: Collection[str] = ()) -> None:
         model, sample = found[index], samples[index]
         loaded = context.models.get(model.info)
-        known = measurer.measure(model.measured, loaded, model.digest, sample, rows, scoring.advance, statistics, also)
+        known = measurer.measure(
+            model.measured, loaded, model.digest, sample, rows, on_rows, statistics, also, scoring.advance
+        )
         found[index] = replace(model, measured=known)
+
+    def on_rows(rows: int) -> None:
+        scoring.advance(rows)
+        cutter.computed(rows)
 
     stopping = method.scoring
     if stopping is None or stopping.tolerance is None:

@@ -188,7 +188,7 @@ def measure_all(spec: MergeSpec, loaded: LoadedInputs, context: JobContext) -> l
     by_method = [[for_method(method, model) for model in loaded.models] for method in methods]
     if not spec.method.statistics - spec.given_of_all:
         return by_method
-    with context.timed("score_seconds"):
+    with context.timed("score_seconds", context.shared.elapsed_seconds):
         work = {
             index: Measuring(method, loaded.plan, by_method[index])
             for index, method in enumerate(methods)

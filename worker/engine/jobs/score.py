@@ -27,7 +27,7 @@ def score(spec: ScoreSpec, context: JobContext) -> ScoreResult:
         raise TypeError(f"method {method.name} measures nothing")
     loaded = load(spec, context)
     measuring = [Measuring(method, plan, [model]) for plan, model in zip(loaded.plans, loaded.models, strict=True)]
-    with context.timed("score_seconds"):
+    with context.timed("score_seconds", context.shared.elapsed_seconds):
         models = [model for [model] in measure(measuring, context)]
     loaded.states.check_unchanged()
     return publish(spec, loaded.plans, models, context)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.contracts.statistics import Facts
 from worker.engine.catalog.families import Kind
 from worker.engine.catalog.methods import PARAMETER_FISHER
 from worker.engine.inputs.examples import Batch, Example, collate
@@ -17,7 +18,7 @@ from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision, computing_in
 from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.estimators import Estimator
-from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass
+from worker.engine.scoring.measurement import Measured, Measurement, StatisticPass, Subject
 from worker.engine.scoring.scorer import not_finite
 from worker.engine.tasks.kind import Passes
 
@@ -121,11 +122,15 @@ def _differentiable(model: nn.Module, embeddings: nn.Module, parameters: Sequenc
 
 
 def _measure(work: Measurement, measured: Measured) -> Measured:
-    return work.find_or_compute(measured, work.facts_of_gradients(PARAMETER_FISHER, work.rows), _parts(work))
+    return work.find_or_compute(measured, _facts(work, work.rows), _parts(work))
+
+
+def _facts(subject: Subject, rows: int) -> Facts:
+    return subject.facts_of_gradients(PARAMETER_FISHER, rows)
 
 
 def _parts(work: Measurement) -> Iterator[Mapping[str, Tensor]]:
     yield fisher(work.loaded, work.examples, work.required_estimator, work.precision, work.sample.source, work.on_rows)
 
 
-PASS = StatisticPass(_measure)
+PASS = StatisticPass(_measure, _facts)

@@ -242,4 +242,9 @@ def _beside(work: Measurement) -> Iterator[Watching]:
         work.store.put(facts, work.origin(work.rows), parts)
 
 
-PASS = StatisticPass(_measure, lambda inputs: len(in_passes(inputs)), _beside)
+PASS = StatisticPass(
+    _measure,
+    facts=lambda subject, rows: subject.facts(GRAM, rows),
+    passes=lambda inputs: len(in_passes(inputs)),
+    beside=_beside,
+)

@@ -1,6 +1,6 @@
 """The interface of a statistic's pass over one model's rows: `Measurement` goes in, and `Measured` comes out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +11,7 @@ from worker.engine.catalog.contracts.statistics import Facts, Origin
 from worker.engine.catalog.families import ScoreName
 from worker.engine.catalog.methods import NODE_FISHER, MethodParameters
 from worker.engine.catalog.planning.plan import LinearInput
+from worker.engine.catalog.tasks import Task
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
 from worker.engine.runtime.device import Precision
@@ -69,39 +70,27 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """The task of measuring the first `rows` rows of one model for one method."""
+class Subject:
+    """A model and its rows, as far as the facts of statistics go; its weights need not be loaded."""
 
     method: MethodParameters
-    inputs: Sequence[LinearInput]
-    """Inputs of the backbone's linear layers."""
-    loaded: LoadedModel
+    task: Task
     digest: str
     """Digest of the checkpoint."""
     sample: Sample
-    rows: int
     precision: Precision
-    store: StatisticsStore
-    batches: BatchSizes
-    on_rows: OnRows
-    beside: "Sequence[Beside]" = ()
-    """Further statistics that are wanted of the same rows, and can share the passes that one of them runs."""
 
     @cached_property
     def estimator(self) -> Estimator | None:
         """The estimator of gradients, with `auto` resolved; None if the method takes no gradients."""
         asked = self.method.gradients
-        return None if asked is None else estimator_for(asked.estimator, self.loaded.task, asked.seed)
+        return None if asked is None else estimator_for(asked.estimator, self.task, asked.seed)
 
     @property
     def required_estimator(self) -> Estimator:
         if self.estimator is None:
             raise TypeError(f"method {self.method.name} has no estimator to measure with")
         return self.estimator
-
-    @property
-    def examples(self) -> list[Example]:
-        return [example for block in self.sample.blocks(0, self.rows) for example in block]
 
     def facts(self, statistic: str, rows: int) -> Facts:
         """Return everything that a statistic of the first `rows` rows depends on, if it takes no gradients."""
@@ -123,6 +112,35 @@ class Measurement:
         }
         return self.facts(statistic, rows).model_copy(update=more)
 
+    def facts_of_scores(self, rows: int) -> Facts:
+        """Return everything that scores of mask nodes on the first `rows` rows depend on."""
+        more = {"population": self.sample.population, "paper": self.method.batch_rows is not None}
+        return self.facts_of_gradients(NODE_FISHER, rows).model_copy(update=more)
+
+
+@dataclass(frozen=True)
+class Measurement(Subject):
+    """The task of measuring the first `rows` rows of one model for one method."""
+
+    inputs: Sequence[LinearInput]
+    """Inputs of the backbone's linear layers."""
+    loaded: LoadedModel
+    rows: int
+    store: StatisticsStore
+    batches: BatchSizes
+    on_rows: OnRows
+    """Called with the number of rows that were just computed."""
+    on_kept: OnRows
+    """Called with the number of rows that need not be, because what they give is kept."""
+    batch_tokens: MutableMapping[str, int]
+    """Numbers of tokens that the job computes together, by the address of a model's scores; chosen once a job."""
+    beside: "Sequence[Beside]" = ()
+    """Further statistics that are wanted of the same rows, and can share the passes that one of them runs."""
+
+    @property
+    def examples(self) -> list[Example]:
+        return [example for block in self.sample.blocks(0, self.rows) for example in block]
+
     def origin(self, rows: int, batch_tokens: int | None = None) -> Origin:
         return Origin(
             checkpoint=self.loaded.info.source, dataset=self.sample.source, examples=rows, batch_tokens=batch_tokens
@@ -140,7 +158,7 @@ class Measurement:
             facts, self.origin(self.rows), parts, on_wait=lambda: self.on_rows(0)
         )
         if was_there:
-            self.on_rows(self.rows * passes)
+            self.on_kept(self.rows * passes)
         return replace(measured.with_statistic(facts.statistic, kept), cached=measured.cached and was_there)
 
 
@@ -154,6 +172,8 @@ class StatisticPass:
 
     measure: Callable[[Measurement, Measured], Measured]
     """Adds the statistic to the measured ones; it goes on from those of fewer rows, if it can."""
+    facts: Callable[[Subject, int], Facts]
+    """Returns the facts of the statistic of so many first rows."""
     passes: Callable[[Sequence[LinearInput]], int] = lambda inputs: 1
     """Returns the number of passes over each row for a model whose linear layers have these inputs."""
     beside: Beside | None = None

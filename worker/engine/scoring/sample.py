@@ -91,6 +91,14 @@ class Sample:
         found = self._tokenized.values()
         return sum(cut for cut, _ in found), sum(count for _, count in found)
 
+    def tokenized(self, start: int) -> tuple[int, int]:
+        """Return how many rows of the block that begins here were truncated, and how many it has."""
+        return self._tokenized[start]
+
+    def was_tokenized(self, start: int, truncated: int, rows: int) -> None:
+        """Count a block that another process tokenised."""
+        self._tokenized[start] = (truncated, rows)
+
     def longest(self) -> int:
         """Return the number of tokens of the longest among the rows with most bytes, which is about that of all."""
         by_bytes = sorted(self._rows, key=lambda row: row.nbytes)

@@ -51,20 +51,37 @@ def score(
     Raises:
         NumericalError: a gradient is NaN or infinite; the message names the row.
     """
-    statistics = NodeStatistics()
-    with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
-        for batch in collate(batches or plan_batches(examples), loaded.padding, loaded.device):
-            with computing_in(precision, loaded.device), ExitStack() as watched:
-                for watch in watching:
-                    watched.enter_context(watch(batch))
-                outputs = loaded.kind.run(batch.inputs)
-            with computing_in(precision, loaded.device):
-                passes = estimator.passes(loaded, outputs, batch)
-            squares = expected_squares(passes, gradients, batch)
-            _check_finite(squares, batch, source)
-            statistics.add(squares)
-            on_rows(len(batch))
+    groups = [batches or plan_batches(examples)]
+    [statistics] = score_each(loaded, groups, estimator, precision, source, on_rows, watching)
     return statistics
+
+
+def score_each(
+    loaded: LoadedModel,
+    groups: Sequence[Sequence[Sequence[Example]]],
+    estimator: Estimator,
+    precision: Precision,
+    source: str,
+    on_rows: OnRows,
+    watching: Sequence[Watching] = (),
+) -> list[NodeStatistics]:
+    """Sum the squares of each group of batches by itself, in order; see `score`. A group may have no batch."""
+    found = []
+    with rounded_weights(loaded.model, precision), mask_gradients(loaded) as gradients:
+        for batches in groups:
+            found.append(statistics := NodeStatistics())
+            for batch in collate(batches, loaded.padding, loaded.device):
+                with computing_in(precision, loaded.device), ExitStack() as watched:
+                    for watch in watching:
+                        watched.enter_context(watch(batch))
+                    outputs = loaded.kind.run(batch.inputs)
+                with computing_in(precision, loaded.device):
+                    passes = estimator.passes(loaded, outputs, batch)
+                squares = expected_squares(passes, gradients, batch)
+                _check_finite(squares, batch, source)
+                statistics.add(squares)
+                on_rows(len(batch))
+    return found
 
 
 def paper_scores(

@@ -81,12 +81,37 @@ class StatisticsStore:
     def get(self, facts: Facts) -> Statistics | None:
         """Return the statistic with these facts; None when there is none, or none that is readable."""
         entry = self.folder / facts.address
-        if not entry.exists() and not self._linked(facts):
+        return None if not entry.exists() and not self._linked(facts) else self._opened(entry, self._stack)
+
+    def holds(self, facts: Facts) -> bool:
+        """Return whether there is an entry with these facts here, readable or not."""
+        return (self.folder / facts.address).exists()
+
+    def about(self, facts: Facts) -> About | None:
+        """Return what an entry with these facts says of itself; None when there is none here that says so."""
+        try:
+            return About.model_validate_json((self.folder / facts.address / ABOUT).read_bytes())
+        except (OSError, ValidationError):
             return None
+
+    def read(self, facts: Facts) -> dict[str, Tensor] | None:
+        """Return the tensors of an entry of this folder as `get` finds it; nothing of it stays open."""
+        if not self.holds(facts):
+            return None
+        with ExitStack() as stack:
+            found = self._opened(self.folder / facts.address, stack)
+            return None if found is None else dict(found)
+
+    def remove(self, facts: Facts) -> None:
+        """Remove the entry with these facts, if there is one."""
+        if self.holds(facts):
+            self._remove(self.folder / facts.address)
+
+    def _opened(self, entry: Path, stack: ExitStack) -> Statistics | None:
         try:
             os.utime(entry)  # it was used now
             about = About.model_validate_json((entry / ABOUT).read_bytes())
-            found = Statistics(entry, about, self._stack)  # opened before it is checked: the same files are read
+            found = Statistics(entry, about, stack)  # opened before it is checked: the same files are read
             if _files(entry) == about.files:
                 return found
             problem = "its files are not those that were written"

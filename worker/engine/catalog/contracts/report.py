@@ -338,6 +338,13 @@ class ScoredModel(ModelReport):
     """The statistics that are kept of the model."""
 
 
+class ShardResult(Strict):
+    """What a shard of a job's scoring did; the statistics are in the store."""
+
+    seconds: float
+    """Time that measuring took."""
+
+
 class ScoreResult(JobResult):
     models: list[ScoredModel]
     """What was measured of each model."""

@@ -108,6 +108,17 @@ class Acceptance(Strict):
     """Least value of a model's metric, or the largest where less is better, by model."""
 
 
+class SharedScoring(Strict):
+    """What is known of a job's scoring that was cut into shards, see `worker.engine.jobs.cutting`."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Seconds that shards have measured each model for, by its name."""
+    elapsed_seconds: float = 0.0
+    """Time from the cut to the end of the last shard."""
+    batch_tokens: dict[str, int] = Field(default_factory=dict)
+    """Numbers of padded tokens that the job computes together, by the address of a model's scores."""
+
+
 class JobSpec(Strict):
     """The common part of all jobs' specifications.
 
@@ -122,6 +133,9 @@ class JobSpec(Strict):
     """Folder in which the artifact is assembled; empty and private to this attempt."""
     store: StoreSpec | None = None
     """Store of statistics; None: they are computed and forgotten."""
+    shard_seconds: float | None = None
+    """Seconds of scoring for a worker at a time, if longer scoring is cut into shards; None: it is not cut."""
+    shared: SharedScoring = SharedScoring()
 
     def rows_wanted(self, model: ModelSpec) -> tuple[int, int]:
         """Return how many of the first rows of a model's data set are measured at most, and how many its head needs."""
@@ -171,6 +185,37 @@ class ScoreSpec(JobSpec):
     """A job that measures statistics of models, each by itself."""
 
     kind: Literal["scores"] = "scores"
+
+
+class ShardWork(Strict):
+    """A part of a job's scoring that any worker can do."""
+
+    model: str
+    """Name of the model."""
+    method: SerializeAsAny[Annotated[Method, Field(discriminator="name")]]
+    """The method that measures it, with the precision of the job."""
+    statistics: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    """Statistics that are kept too if they take no pass of their own."""
+    pieces: tuple[int, int] | None = None
+    """The first piece of the model's rows and the one after the last, if only their sums are wanted; None: all rows."""
+    batch_tokens: int | None = None
+    """Number of padded tokens that are computed together; None where it decides no bit of other shards."""
+    examples: int
+    """Number of rows to go through, for the progress; each counts once a pass."""
+
+
+class ShardSpec(JobSpec):
+    """A shard of a job's scoring. Its one model is measured as a job of scores does it; it makes no artifact."""
+
+    kind: Literal["shard"] = "shard"
+    base: CheckpointSpec | None = None
+    """The model that an adapter adapts."""
+    work: ShardWork
+
+    @property
+    def checkpoints(self) -> list[CheckpointSpec]:
+        return [*super().checkpoints, *([self.base] if self.base else ())]
 
 
 class MergeSpec(JobSpec):

@@ -25,6 +25,8 @@ Output = Literal["head_outputs", "logits", "predictions"]
 HEAD_OUTPUTS: Output = "head_outputs"
 LOGITS: Output = "logits"
 PREDICTIONS: Output = "predictions"
+NODE_SUMS = "node_sums"
+"""Name of what shards keep of the scores of mask nodes until these are whole; it is not listed."""
 
 if TYPE_CHECKING:
     KeptName = str
@@ -49,9 +51,11 @@ class Tokens(Strict):
 class Facts(Strict):
     """Everything that a statistic depends on: the same facts give the same statistic. None stands for no influence."""
 
-    statistic: KeptName
+    statistic: KeptName | Literal["node_sums"]
     checkpoint: str
     """Digest of the checkpoint."""
+    piece: str | None = None
+    """The rows of a shard's sums and the way they are batched, see `worker.engine.scoring.pieces`."""
     rows: str
     """sha256 over the rows' texts or images, in order, and over their labels where these are read. Of outputs: over
     what the model reads of each row, and what it is judged by."""
