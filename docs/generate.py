@@ -37,6 +37,9 @@ LOG_CODES = {
     LogCode.ATTEMPT_STARTED: "a worker took the job; the message names it",
     LogCode.ATTEMPT_LOST: "its worker or engine process ended, or hung, before the attempt ended",
     LogCode.ATTEMPT_HANDED_BACK: "its worker was stopped in good order",
+    LogCode.SCORING_CUT: "the job's scoring goes on in shards, on all workers",
+    LogCode.SHARDS_DONE: "all shards are done, and the job goes on with what they measured",
+    LogCode.DELIVERY_DROPPED: "a delivery to the webhook was dropped, since a hundred newer ones wait",
     LogCode.NOTE: "what the work found worth saying, as that rows were truncated",
 }
 

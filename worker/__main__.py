@@ -171,7 +171,14 @@ def run(settings: Settings) -> int:
     storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches, signing_key)
     tracer = open_tracer("worker")
     runner = TaskRunner(
-        name, storage, engine, settings.max_worker_bytes, lambda: worker.is_stopping, queue.wake, tracer
+        name,
+        storage,
+        engine,
+        settings.max_worker_bytes,
+        lambda: worker.is_stopping,
+        queue.wake,
+        tracer,
+        settings.shard_seconds,
     )
     functions.update(runner.functions)
     engine.start()

@@ -22,7 +22,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import psutil
 from pydantic import BaseModel, Field, TypeAdapter
@@ -33,11 +33,14 @@ from app.contracts.settings import Settings
 from app.observability.context import facts, process_concerns
 from app.observability.logs import adopt, configure
 from app.storage.scratch import Scratch
-from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
-from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
+from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec, ShardSpec, ShardWork
 from worker.engine.catalog.primitives.errors import DiskFull, EngineError, OutOfMemory, StorageError
 from worker.engine.catalog.primitives.paths import hide
 from worker.vitals import Vitals, processor_seconds
+
+if TYPE_CHECKING:
+    from worker.engine.jobs.engine import Engine
 
 BEAT_S = 1.0
 WELL_S = 10.0  # an engine that is silent and idle for longer is not counted on
@@ -77,6 +80,19 @@ class Finished(BaseModel):
     result: MergeResult | ScoreResult
 
 
+class ShardDone(BaseModel):
+    event: Literal["shard_done"] = "shard_done"
+    result: ShardResult
+
+
+class CutIntoShards(BaseModel):
+    """The job's scoring is left to shards; `batch_tokens` is for `SharedScoring`."""
+
+    event: Literal["cut"] = "cut"
+    shards: list[ShardWork]
+    batch_tokens: dict[str, int]
+
+
 class Failed(BaseModel):
     event: Literal["failed"] = "failed"
     error: JobError
@@ -85,12 +101,14 @@ class Failed(BaseModel):
 class Order(BaseModel):
     """A job for the engine process, and the facts that the lines of its log have."""
 
-    spec: Annotated[MergeSpec | ScoreSpec, Field(discriminator="kind")]
+    spec: Annotated[MergeSpec | ScoreSpec | ShardSpec, Field(discriminator="kind")]
     facts: dict[str, str | int]
 
 
-EngineEvent = Annotated[Ready | Warm | Beat | Progressed | Finished | Failed, Field(discriminator="event")]
-EVENT: TypeAdapter[Ready | Warm | Beat | Progressed | Finished | Failed] = TypeAdapter(EngineEvent)
+Told = Ready | Progressed | CutIntoShards | ShardDone | Finished | Failed
+"""Events of which `EngineProcess.poll` tells."""
+AnyEvent = Told | Warm | Beat
+EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
 
 
 class EngineDied(Exception):
@@ -188,7 +206,7 @@ class EngineProcess:
             raise self._death() from None
         self._signs.begins()
 
-    def poll(self, timeout_s: float) -> list[Ready | Progressed | Finished | Failed]:
+    def poll(self, timeout_s: float) -> list[Told]:
         """Return the events since the last call, after waiting at most `timeout_s` for one. Raises EngineDied.
 
         Call it often, also while there is no job: it notices a hanging process and kills it.
@@ -196,7 +214,7 @@ class EngineProcess:
         events = self._read(timeout_s)
         for event in events:
             self._signs.heard(progresses=not isinstance(event, Beat))
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, CutIntoShards | ShardDone | Finished | Failed):
                 self._signs.ends()
         why = self._signs.look()
         if why is not None:
@@ -205,7 +223,7 @@ class EngineProcess:
         self.is_warm |= any(isinstance(event, Warm) for event in events)
         return [event for event in events if not isinstance(event, Warm | Beat)]
 
-    def _read(self, timeout_s: float) -> list[Ready | Warm | Beat | Progressed | Finished | Failed]:
+    def _read(self, timeout_s: float) -> list[AnyEvent]:
         self._running()
         with selectors.DefaultSelector() as selector:
             selector.register(self._events, selectors.EVENT_READ)
@@ -297,6 +315,7 @@ def serve(requests: BinaryIO, events: int) -> None:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    from worker.engine.jobs.cutting import Cut
     from worker.engine.jobs.engine import Engine
     from worker.engine.runtime.libraries import preload
     from worker.engine.runtime.protocols import forbid_others
@@ -324,17 +343,25 @@ def serve(requests: BinaryIO, events: int) -> None:
             order = Order.model_validate_json(request)
             process_concerns(order.facts)
             told = Throttled(events)
-            result = engine.run(order.spec, told)
+            done = _run(engine, order.spec, told)
+        except Cut as cut:
+            _send(events, CutIntoShards(shards=list(cut.shards), batch_tokens=cut.batch_tokens))
         except Exception as error:
             _send(events, Failed(error=_job_error(error)))
         else:
-            _send(events, Finished(result=result))
+            _send(events, done)
         process_concerns({})
         if are_late():  # it would take time from the next jobs; the worker starts another process
             logger.warning("a call that takes too long goes on, so the engine process ends")
             os._exit(1)
         if warming.ident is None:
             warming.start()
+
+
+def _run(engine: "Engine", spec: MergeSpec | ScoreSpec | ShardSpec, told: "Throttled") -> ShardDone | Finished:
+    if isinstance(spec, ShardSpec):
+        return ShardDone(result=engine.shard(spec, told))
+    return Finished(result=engine.run(spec, told))
 
 
 class Throttled:

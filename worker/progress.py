@@ -28,9 +28,17 @@ class ProgressMeter:
     Args:
         phases: the phases that this job goes through, in order.
         clock: monotonic clock, in seconds.
+        before: progress of an attempt that this one goes on with.
+        taken: seconds that it took.
     """
 
-    def __init__(self, phases: Sequence[PhaseName], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        phases: Sequence[PhaseName],
+        clock: Callable[[], float] = time.monotonic,
+        before: Progress | None = None,
+        taken: float = 0.0,
+    ) -> None:
         total = sum(SHARES[phase] for phase in phases)
         self._spans: dict[PhaseName, tuple[float, float]] = {}
         position = 0.0
@@ -38,8 +46,12 @@ class ProgressMeter:
             self._spans[phase] = (position, SHARES[phase] / total)
             position += SHARES[phase] / total
         self._clock = clock
-        self._started = clock()
-        self.current = Progress(phase=phases[0])
+        self._started = clock() - taken
+        self.current = before or Progress(phase=phases[0])
+
+    def span(self, phase: PhaseName) -> tuple[float, float]:
+        """Return the fraction of the job at which a phase begins, and its share of the job."""
+        return self._spans[phase]
 
     def update(self, phase: PhaseName, done: int, total: int, unit: str) -> Progress:
         start, span = self._spans[phase]

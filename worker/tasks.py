@@ -1,4 +1,4 @@
-"""Runs a worker's tasks. It is the only place where contracts become the engine's input, and its output contracts."""
+"""Runs a worker's tasks. It is the only place where the engine's output becomes contracts."""
 
 import errno
 import logging
@@ -18,16 +18,13 @@ from app.contracts.jobs import (
     Attempt,
     ErrorCode,
     JobError,
-    JobKind,
     PhaseName,
     Progress,
     Record,
     Stage,
     Status,
 )
-from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
 from app.contracts.references import ReferenceError
-from app.contracts.requests import MergeRequest, ScoreRequest, as_recipe
 from app.observability.context import add_facts, concerning
 from app.observability.metrics import ENGINE_RESTARTS, counted
 from app.observability.traces import Tracer
@@ -41,9 +38,9 @@ from app.storage.searches import SearchFolder
 from app.storage.signing_keys import SigningKey
 from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
-from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
-from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, OutputSpec, ScoreSpec, StoreSpec
-from worker.engine.catalog.data.spec import Columns, Generation
+from app.storage.tasks import CutScoring, NewShard, ScoringPhase
+from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
+from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, ShardSpec, ShardWork, StoreSpec
 from worker.engine.catalog.primitives.errors import (
     EngineError,
     InvalidCheckpoint,
@@ -51,9 +48,21 @@ from worker.engine.catalog.primitives.errors import (
     InvalidStatistics,
     StorageError,
 )
-from worker.engine_process import EngineDied, EngineProcess, EngineStopped, Failed, Finished, Progressed, as_job_error
-from worker.progress import ProgressMeter
+from worker.engine_process import (
+    CutIntoShards,
+    EngineDied,
+    EngineProcess,
+    EngineStopped,
+    Failed,
+    Finished,
+    Progressed,
+    Ready,
+    ShardDone,
+    as_job_error,
+)
+from worker.progress import LEAST_FRACTION, ProgressMeter
 from worker.provenance import attest
+from worker.specs import Inputs, checkpoints_of, job_spec, phases_of, shard_spec
 from worker.trace import AttemptTrace
 
 TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this time
@@ -115,6 +124,7 @@ class TaskRunner:
         is_stopping: tells whether the worker was asked to end; the task is handed back then.
         wake: called after an attempt, since the next task may start then.
         tracer: makes the spans of attempts; without one, nobody receives any.
+        shard_seconds: time that a shard of long scoring takes, about; None: scoring is not cut.
     """
 
     def __init__(
@@ -126,6 +136,7 @@ class TaskRunner:
         is_stopping: Callable[[], bool],
         wake: Callable[[], object],
         tracer: Tracer | None = None,
+        shard_seconds: float | None = None,
     ) -> None:
         self._worker = worker
         self._store = storage.store
@@ -138,6 +149,8 @@ class TaskRunner:
         self._max_engine_bytes = max_engine_bytes
         self._is_stopping = is_stopping
         self._wake = wake
+        self._shard_seconds = shard_seconds
+        self._holds = ""  # reference of the checkpoint that the last shard read, which the engine has in memory
         self._tracer = tracer or Tracer()
         self._trace: AttemptTrace | None = None  # of the attempt in hand
         self._inputs = ExitStack()  # of the attempt in hand
@@ -154,11 +167,12 @@ class TaskRunner:
         if not self.look_after_engine():
             logger.warning("the work is left to others: there is no engine")
             return  # it goes on waiting, and a worker is woken again
-        attempt = self._store.tasks.claim(self._worker)
+        attempt = self._store.tasks.claim(self._worker, self._holds)
         if attempt is None:
             logger.info("no task waits any more that may start now")
             return
-        with concerning(job=attempt.task.job, attempt=attempt.number):
+        shard = {"shard": attempt.task.shard} if attempt.is_of_shard else {}
+        with concerning(job=attempt.task.job, attempt=attempt.number, **shard):
             self._run(attempt)
 
     def _run(self, attempt: Attempt) -> None:
@@ -201,37 +215,46 @@ class TaskRunner:
         self._trace = AttemptTrace(self._tracer, record, attempt)
         made_by = {"request_id": record.request_id} if record.request_id else {}
         add_facts(tenant=record.tenant, **made_by, **self._trace.facts)
-        folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
         try:
-            spec = self._spec(record, folder, attempt)
+            spec, meter = self._shard(attempt, record) if attempt.is_of_shard else self._job(attempt, record)
         except Unwanted as end:
             self._gives_up(attempt, end)
             return
-        meter = ProgressMeter(phases_of(spec))
+        event = self._follow(attempt, spec, meter)
+        if isinstance(event, Failed):
+            if event.error.code is ErrorCode.OUT_OF_MEMORY:
+                self._engine.kill()  # libraries remember what they could not make
+            self._fail(attempt, event.error)
+        elif isinstance(event, CutIntoShards):
+            self._split(attempt, record, event, meter)
+        elif isinstance(event, ShardDone):
+            self._finish_shard(attempt, spec, event.result)
+        elif isinstance(event, Finished):
+            self._trace.enters(PhaseName.PUBLISHING)
+            status = self._renew(attempt, meter.update(PhaseName.PUBLISHING, 0, 1, "artifacts"))
+            if status is Status.RUNNING:
+                self._publish(attempt, record, spec.folder, event.result)
+            else:
+                self._withdraw(attempt, status)
+
+    def _follow(
+        self, attempt: Attempt, spec: MergeSpec | ScoreSpec | ShardSpec, meter: ProgressMeter
+    ) -> CutIntoShards | ShardDone | Finished | Failed | None:
+        """Have the engine run a specification, and return how that ended; None where the attempt ended before."""
         self._engine.run(spec)
         recorded = time.monotonic()
         recorded_progress = meter.current
         while True:
             for event in self._engine.poll(TICK_S):
                 if isinstance(event, Progressed):
-                    self._trace.enters(event.phase)
+                    if self._trace is not None:
+                        self._trace.enters(event.phase)
                     meter.update(event.phase, event.done, event.total, event.unit)
-                elif isinstance(event, Failed):
-                    if event.error.code is ErrorCode.OUT_OF_MEMORY:
-                        self._engine.kill()  # libraries remember what they could not make
-                    self._fail(attempt, event.error)
-                    return
-                elif isinstance(event, Finished):
-                    self._trace.enters(PhaseName.PUBLISHING)
-                    status = self._renew(attempt, meter.update(PhaseName.PUBLISHING, 0, 1, "artifacts"))
-                    if status is Status.RUNNING:
-                        self._publish(attempt, record, folder, event.result)
-                    else:
-                        self._withdraw(attempt, status)
-                    return
+                elif not isinstance(event, Ready):
+                    return event
             if self._is_stopping():
                 self._hand_back(attempt)
-                return
+                return None
             now = time.monotonic()
             news = meter.current if meter.current != recorded_progress else None
             if now - recorded >= (RECORD_INTERVAL_S if news else self._renew_interval):
@@ -241,7 +264,7 @@ class TaskRunner:
                 if status is not Status.RUNNING:
                     self._engine.kill()
                     self._withdraw(attempt, status)
-                    return
+                    return None
 
     def _gives_up(self, attempt: Attempt, end: Unwanted) -> None:
         if self._is_stopping():
@@ -271,7 +294,8 @@ class TaskRunner:
         While Redis is away, the attempt counts as ours, because nobody knows better.
         """
         try:
-            return self._store.tasks.renew(attempt, progress)
+            is_counted = progress is None or not attempt.is_of_shard or progress.phase is PhaseName.SCORING
+            return self._store.tasks.renew(attempt, progress if is_counted else None)
         except RedisError as error:
             logger.warning("Redis is away: %s", error)
             return Status.RUNNING
@@ -286,7 +310,7 @@ class TaskRunner:
 
     def _withdraw(self, attempt: Attempt, status: Status | None) -> None:
         """Remove all traces of an attempt whose result nobody wants: the job was cancelled, or the lease was lost."""
-        self._artifacts.discard(attempt)
+        self._discard(attempt)
         if self._insist(lambda: self._store.tasks.acknowledge_cancel(attempt)):
             self._searches.remove(attempt.task.job)
             self._ends("cancelled")
@@ -315,8 +339,41 @@ class TaskRunner:
         else:
             self._withdraw(attempt, None)
 
+    def _split(self, attempt: Attempt, record: Record, cut: CutIntoShards, meter: ProgressMeter) -> None:
+        """End the attempt, and leave the job's scoring to shards, of which this worker may take one at once."""
+        self._discard(attempt)
+        checkpoints = checkpoints_of(record)
+        start, span = meter.span(PhaseName.SCORING)
+        total = meter.current.total if meter.current.phase is PhaseName.SCORING else 0
+        left = sum(shard.examples for shard in cut.shards)
+        scoring = CutScoring(
+            [NewShard(checkpoints[shard.model], shard.model_dump_json()) for shard in cut.shards],
+            ScoringPhase(start=start, span=span, total=max(total, left), least=LEAST_FRACTION),
+            max(0, total - left),
+            cut.batch_tokens,
+        )
+        self._holds = checkpoints[cut.shards[0].model]
+        if self._insist(lambda: self._store.tasks.split(attempt, scoring)):
+            self._ends("split")
+        else:
+            self._withdraw(attempt, None)
+
+    def _finish_shard(self, attempt: Attempt, spec: MergeSpec | ScoreSpec | ShardSpec, result: ShardResult) -> None:
+        if not isinstance(spec, ShardSpec):
+            raise TypeError("the engine measured a shard that it was not asked for")
+        done = (spec.work.model, result.seconds, spec.work.examples)
+        if self._insist(lambda: self._store.tasks.finish_shard(attempt, *done)):
+            self._ends("succeeded")
+        else:
+            self._withdraw(attempt, None)
+
+    def _discard(self, attempt: Attempt) -> None:
+        """Remove what the attempt left beside statistics. A shard leaves nothing; artifacts are those of main tasks."""
+        if not attempt.is_of_shard:
+            self._artifacts.discard(attempt)
+
     def _fail(self, attempt: Attempt, error: JobError) -> None:
-        self._artifacts.discard(attempt)
+        self._discard(attempt)
         self._ends(error.code, failed=True)
         try:
             if not self._insist(lambda: self._store.tasks.fail(attempt, error)):
@@ -327,7 +384,7 @@ class TaskRunner:
     def _hand_back(self, attempt: Attempt) -> None:
         """Put the task back so that another worker, or this one's successor, begins at once."""
         self._engine.kill()
-        self._artifacts.discard(attempt)
+        self._discard(attempt)
         self._store.tasks.release(attempt, lost=False)
         self._ends("handed back")
 
@@ -344,7 +401,7 @@ class TaskRunner:
             message = "the engine process was killed for want of memory; use a worker with more, or smaller models"
             self._fail(attempt, JobError(code=ErrorCode.OUT_OF_MEMORY, message=message))
             return
-        self._artifacts.discard(attempt)
+        self._discard(attempt)
         try:
             self._insist(lambda: self._store.tasks.release(attempt, lost=True))
         except WorkerStopping:
@@ -393,31 +450,43 @@ class TaskRunner:
                     raise WorkerStopping from error
                 time.sleep(REDIS_RETRY_S)
 
-    def _spec(self, record: Record, folder: Path, attempt: Attempt) -> MergeSpec | ScoreSpec:
-        """Make the engine's input, and fetch everything that the engine does not fetch itself."""
+    def _job(self, attempt: Attempt, record: Record) -> tuple[MergeSpec | ScoreSpec, ProgressMeter]:
+        """Make the engine's input for all of a job's work, and fetch everything that the engine does not fetch."""
+        folder = self._keeping(attempt, lambda: self._artifacts.begin(attempt))
         own = self._of_tenant(record.tenant)
         self._inputs = own.inputs
-        inputs = _Inputs(record, partial(self._fetch, attempt, own.sources))
-        common = {"name": record.name, "recipe": as_recipe(record.request), "folder": folder, "store": own.statistics}
-        if record.kind is JobKind.SCORES:
-            wanted = ScoreRequest.model_validate(record.request)
-            models = [inputs.model(model) for model in wanted.models]
-            return ScoreSpec.model_validate({**common, "method": wanted.method.model_dump(), "models": models})
-        request = MergeRequest.model_validate(record.request)
-        searches = request.method.search is not None
-        return MergeSpec.model_validate(
-            {
-                **common,
-                "models": [inputs.model(model) for model in request.models],
-                "base": None if request.base is None else inputs.checkpoint(request.base),
-                "method": request.method.model_dump(),
-                "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
-                **request.model_dump(include={"slices", "notes", "strict_filters"}),
-                "evaluate": request.evaluate,
-                "accept": request.accept and request.accept.model_dump(),
-                "journal": self._searches.begin(attempt) if searches else None,
-            }
-        )
+        done = self._insist(lambda: self._store.tasks.shards_done(attempt))
+        shared = {
+            "seconds": done.seconds,
+            "elapsed_seconds": done.elapsed_seconds,
+            "batch_tokens": done.batch_tokens,
+        }
+        common = {
+            "folder": folder,
+            "store": own.statistics,
+            "shard_seconds": None if done.goes_on else self._shard_seconds,
+            "shared": shared,
+        }
+        inputs = Inputs(record, partial(self._fetch, attempt, own.sources))
+        spec = job_spec(record, inputs, common, lambda: self._searches.begin(attempt))
+        if not done.goes_on:
+            return spec, ProgressMeter(phases_of(spec))
+        taken = (self._store.clock() - (record.started_ms or record.created_ms)) / 1000
+        return spec, ProgressMeter(phases_of(spec), before=record.progress, taken=taken)
+
+    def _shard(self, attempt: Attempt, record: Record) -> tuple[ShardSpec, ProgressMeter]:
+        """Make the engine's input for a shard, and fetch everything that the engine does not fetch. Raises Unwanted."""
+        text = self._insist(lambda: self._store.tasks.work_of_shard(attempt))
+        if text is None:
+            raise Unwanted(None)
+        work = ShardWork.model_validate_json(text)
+        own = self._of_tenant(record.tenant)
+        self._inputs = own.inputs
+        inputs = Inputs(record, partial(self._fetch, attempt, own.sources))
+        spec = shard_spec(record, work, inputs, own.statistics)
+        self._holds = checkpoints_of(record)[work.model]
+        phases = [PhaseName.DOWNLOADING] if spec.names_the_hub else []
+        return spec, ProgressMeter([*phases, PhaseName.SCORING])
 
     def _fetch(
         self, attempt: Attempt, sources: Sources, reference: str, kind: InputKind, state: str | None
@@ -451,61 +520,3 @@ class TaskRunner:
             raise StorageError(f"{error}; try again", source=reference) from error
         except ReferenceError as error:
             raise INVALID[kind](reference, str(error)) from error
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """A job's inputs as the engine takes them.
-
-    Args:
-        fetch: fetches an input, by its reference, its kind and its state when the job was accepted.
-    """
-
-    record: Record
-    fetch: Callable[[str, InputKind, str | None], FetchedInput]
-
-    def model(self, model: MeasuredModelRequest) -> dict[str, object]:
-        spec = {"name": model.name, **self.checkpoint(model.checkpoint), "dataset": self._rows(model.dataset)}
-        if isinstance(model, ModelRequest):
-            own = model.model_dump(include={"weight", "parameters", "min_retention"})
-            spec |= {**own, "evaluation": self._rows(model.evaluation)}
-            spec["statistics"] = {name: self._statistics(reference) for name, reference in model.given.items()}
-        return spec
-
-    def checkpoint(self, reference: str) -> dict[str, object]:
-        found = self.fetch(reference, "checkpoint", self.record.inputs.get(reference))
-        return {"source": reference, **_where(found), "state": found.state}
-
-    def _statistics(self, reference: str) -> dict[str, object]:
-        return {"source": reference, **_where(self.fetch(reference, "statistics", self.record.inputs.get(reference)))}
-
-    def _rows(self, rows: Dataset | Evaluation | None) -> dict[str, object] | None:
-        if rows is None:
-            return None
-        spec = rows.model_dump(include={*Columns.model_fields, *Generation.model_fields, "config", "split", "metric"})
-        found = self.fetch(rows.source, "rows", self.record.inputs.get(rows.source))
-        return {**spec, "source": rows.source, **_where(found)}
-
-
-def _where(found: FetchedInput) -> dict[str, object]:
-    """Say where an input is: its path and root, or its repository and commit."""
-    return {"hub": found.hub} if found.place is None else {"path": found.place.path, "root": found.place.root}
-
-
-def phases_of(spec: JobSpec) -> list[PhaseName]:
-    """Return the phases that this job goes through."""
-    phases = [PhaseName.DOWNLOADING] if spec.names_the_hub else []
-    phases.append(PhaseName.LOADING)
-    if spec.method.statistics - spec.given_of_all:
-        phases.append(PhaseName.SCORING)
-    if spec.method.search is not None:
-        phases.append(PhaseName.SEARCHING)
-    if isinstance(spec, MergeSpec):
-        phases.append(PhaseName.MERGING)
-        if spec.aligns:
-            phases.append(PhaseName.ALIGNING)
-        if spec.evaluates:
-            phases.append(PhaseName.EVALUATING)
-        if spec.compares:
-            phases.append(PhaseName.COMPARING)
-    return [*phases, PhaseName.PUBLISHING]

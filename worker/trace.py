@@ -13,10 +13,13 @@ class AttemptTrace:
 
     def __init__(self, tracer: Tracer, record: Record, attempt: Attempt) -> None:
         self._tracer = tracer
-        if attempt.number == 1:  # of later attempts it is not known when the job was queued again
+        is_whole = not attempt.is_of_shard
+        began = record.started_ms if attempt.number == record.attempt and is_whole else None
+        if attempt.number == 1 and is_whole:  # of later attempts it is not known when the job was queued again
             queue = tracer.span("queue", parent=record.traceparent, start_ms=record.created_ms)
             queue.end(at_ms=record.started_ms)
-        self._attempt = tracer.span("attempt", "consumer", record.traceparent, record.started_ms)
+        name = "attempt" if is_whole else "shard"
+        self._attempt = tracer.span(name, "consumer", record.traceparent, began)
         self._attempt.add(
             maskmerge__job=record.id,
             maskmerge__attempt=attempt.number,

@@ -17,6 +17,9 @@ class LogCode(StrEnum):
     ATTEMPT_STARTED = "attempt_started"
     ATTEMPT_LOST = "attempt_lost"
     ATTEMPT_HANDED_BACK = "attempt_handed_back"
+    SCORING_CUT = "scoring_cut"
+    SHARDS_DONE = "shards_done"
+    DELIVERY_DROPPED = "delivery_dropped"
     NOTE = "note"
 
 

@@ -291,12 +291,16 @@ class Stage(StrEnum):
     """The work that a task does; the worker has one function for each stage."""
 
     MERGE = "merge"
-    """All of a job's work, whichever kind of job it is."""
+    """All of a job's work, whichever kind of job it is, except what its shards do. Its task is the main one."""
+    SCORE = "score"
+    """A shard of the job's scoring."""
 
 
 class TaskState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
+    SPLIT = "split"
+    """The task waits for its shards."""
     DONE = "done"
 
 
@@ -325,3 +329,7 @@ class Attempt(BaseModel):
 
     task: TaskId
     number: int
+
+    @property
+    def is_of_shard(self) -> bool:
+        return self.task.stage is Stage.SCORE

@@ -19,7 +19,7 @@ class Limits(Strict):
     model_config = ConfigDict(use_attribute_docstrings=True, frozen=True)
 
     active_jobs: Annotated[int, Field(ge=1)] | None = None
-    """Number of jobs that run at once; others wait."""
+    """Number of jobs that run at once; others wait. Each shard of a job's scoring that runs counts as one."""
     queued_jobs: Annotated[int, Field(ge=1)] | None = None
     """Number of jobs that wait."""
     stored_bytes: Annotated[int, Field(ge=0)] | None = None

@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     """A running attempt that has not renewed its lease for this time counts as lost."""
     max_losses: Annotated[int, Field(ge=1)] = 5
     """Number of times that a job may lose its worker; at the last of them it fails with worker_lost."""
+    shard_seconds: Annotated[float, Field(gt=0, le=86_400)] = 20
+    """Time that a shard of a job's scoring takes, about. Scoring that would take two of them or more is cut, and all
+    workers take shards; a worker that dies loses one."""
     heartbeat_seconds: Annotated[float, Field(ge=2, le=3600)] = 30
     """An engine process sends a heartbeat every second. If it sends nothing and uses no processor time for this long,
     it counts as hung, with a job or without. It is killed and replaced, and its job is tried again."""

@@ -45,9 +45,9 @@ class ActiveJobs:
         with self._redis.pipeline() as reads:  # at once, since a task may go from one list to another meanwhile
             for key in (*lists, self._keys.due, self._keys.leases):
                 reads.zrange(key, 0, -1)
-            tasks = [str(name) for found in reads.execute() for name in found]
-        for first in range(0, len(tasks), READ_AT_ONCE):
+            jobs = list({TaskId.parse(str(name)).job for found in reads.execute() for name in found})
+        for first in range(0, len(jobs), READ_AT_ONCE):
             with self._redis.pipeline(transaction=False) as reads:
-                for name in tasks[first : first + READ_AT_ONCE]:
-                    reads.hmget(self._keys.record(TaskId.parse(name).job), list(names))
+                for job in jobs[first : first + READ_AT_ONCE]:
+                    reads.hmget(self._keys.record(job), list(names))
                 yield from cast(list[list[str | None]], reads.execute())

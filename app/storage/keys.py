@@ -115,6 +115,11 @@ class Keys:
         return self._key("reserved")
 
     @property
+    def shards(self) -> str:
+        """Hash of the numbers of shards among each tenant's waiting tasks."""
+        return self._key("shards")
+
+    @property
     def stored(self) -> str:
         """Hash of the bytes that are stored for each tenant."""
         return self._key("stored")

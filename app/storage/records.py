@@ -191,8 +191,13 @@ class Records:
     def require_place(self, tenant: str) -> None:
         """Raise QueueFull where no further job of the tenant may wait now; `create` decides it."""
         most = self._limits.of(tenant).queued_jobs
-        if most is not None and (waiting := self._redis.zcard(self._keys.waiting(tenant))) >= most:
+        if most is not None and (waiting := self._waiting(tenant)) >= most:
             raise QueueFull(most, waiting)
+
+    def _waiting(self, tenant: str) -> int:
+        """Count a tenant's waiting jobs; shards of one that runs are none."""
+        shards = cast(str | None, self._redis.hget(self._keys.shards, tenant))
+        return int(self._redis.zcard(self._keys.waiting(tenant))) - int(shards or 0)
 
     def _remembering(self, tenant: str, once: Idempotency) -> str:
         """Return the name under which Redis remembers the job that a key made."""

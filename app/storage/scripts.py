@@ -14,7 +14,7 @@ from redis import Redis
 from redis.commands.core import Script
 
 from app.contracts.api_keys import DEFAULT_TENANT
-from app.contracts.jobs import JobKind, Status
+from app.contracts.jobs import JobKind, Stage, Status
 from app.contracts.limits import HIGHEST_PRIORITY
 from app.storage.keys import Keys
 
@@ -25,6 +25,7 @@ FOLDER = Path(__file__).parent / "lua"
 PROGRESS_KEPT = 1000  # a job's newest progress events: eight minutes at two a second, 150 kB
 PROGRESS_KEPT_S = 3600  # an hour after the job's end; its other events stay as long as its record
 TURN_EVERY = 4  # every fourth start goes by turns alone, so that priorities delay other tenants and never stop them
+SHARDS_SEEN = 64  # waiting shards among which a worker looks for one of the checkpoint that it holds
 DELIVERIES_KEPT = 100  # a job's newest deliveries to its webhook, 300 kB; those that wait are dropped last
 SUMMARY_FIELDS = (
     "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
@@ -93,6 +94,10 @@ def _constants(keys: Keys) -> str:
         "SUMMARY_FIELDS": f"{{{', '.join(map(repr, SUMMARY_FIELDS))}}}",
         "RESERVED": f"'{keys.reserved}'",
         "STORED": f"'{keys.stored}'",
+        "SHARDS": f"'{keys.shards}'",
+        "SHARDS_SEEN": SHARDS_SEEN,
+        "MAIN": f"'-{Stage.MERGE}-0'",
+        "SHARD": f"'-{Stage.SCORE}-'",
     }
     finals = ", ".join(f"{status} = true" for status in Status if status.is_final)
     return f"local FINAL = {{{finals}}}\n" + "".join(f"local {name} = {value}\n" for name, value in values.items())

@@ -2,10 +2,11 @@
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from pydantic import BaseModel
 from redis import Redis
 
 from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Status, TaskId, TaskState
@@ -17,6 +18,8 @@ from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, Sc
 
 CLAIM_KEPT_S = 60  # the client sends a claim again within seconds when its answer got lost
 ADOPTED_AT_ONCE = 500
+SECONDS_OF = "seconds of "
+"""Beginning of the names of fields, in the hash of a main task, with the seconds that shards have measured models."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,51 @@ class TenantTasks:
     running: int
     first_started_ms: int | None
     """Start of the attempt that has been running for longest."""
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A shard to be made: the checkpoint that it reads, for workers that hold it, and its work, as JSON."""
+
+    holds: str
+    work: str
+
+
+class ScoringPhase(BaseModel):
+    """The share of a job's progress that belongs to its scoring, from which the job's progress follows in Redis."""
+
+    start: float
+    span: float
+    total: int
+    """Number of rows."""
+    least: float
+    """Least fraction from which a time that is left can be told."""
+
+
+@dataclass(frozen=True)
+class CutScoring:
+    """The scoring of a job, cut into shards.
+
+    Args:
+        rows_done: number of rows that are in no shard, because they were done before.
+        batch_tokens: see `worker.engine.catalog.contracts.spec.SharedScoring`.
+    """
+
+    shards: Sequence[NewShard]
+    phase: ScoringPhase
+    rows_done: int
+    batch_tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ShardsDone:
+    """What is known of the shards that a job has had. `goes_on`: the attempt goes on where one was split."""
+
+    goes_on: bool
+    elapsed_seconds: float
+    seconds: Mapping[str, float]
+    """Seconds for which shards have measured each model."""
+    batch_tokens: Mapping[str, int]
 
 
 class Tasks:
@@ -60,12 +108,13 @@ class Tasks:
         running = {"*": limits.default, **limits.tenants}
         self._most_running = json.dumps({tenant: of.active_jobs or 0 for tenant, of in running.items()})
 
-    def claim(self, worker: str) -> Attempt | None:
+    def claim(self, worker: str, holds: str = "") -> Attempt | None:
         """Start an attempt at the task that is next. Returns None when none waits that may start now.
 
         A task of the highest priority is next, and among equal ones tenants take turns: who has the fewest running
         comes first, then who was least recently served. Every fourth start goes by turns alone. Of a tenant's tasks,
         the highest priority comes first, then the oldest. Tasks of a tenant that runs as many as it may are left out.
+        Where that is a shard, one of the checkpoint that the worker `holds` may be taken in its place.
         """
         claimed = self._scripts.run(
             "claim",
@@ -77,6 +126,7 @@ class Tasks:
                 Progress(phase=PhaseName.LOADING).model_dump_json(),
                 self._most_running,
                 CLAIM_KEPT_S,
+                holds,
             ],
         )
         if not claimed:
@@ -85,7 +135,11 @@ class Tasks:
         return Attempt(task=TaskId.parse(task), number=int(number))
 
     def renew(self, attempt: Attempt, progress: Progress | None = None) -> Status | None:
-        """Extend the lease and perhaps record progress. Returns the job's status; None when the attempt is not ours."""
+        """Extend the lease and perhaps record progress. Returns the job's status; None when the attempt is not ours.
+
+        Of a shard's progress, the number of rows counts, and the job's follows from those of all shards.
+        """
+        told = "" if progress is None else progress.done if attempt.is_of_shard else progress.model_dump_json()
         status = self._scripts.run(
             "renew",
             attempt.task.job,
@@ -94,10 +148,42 @@ class Tasks:
                 str(attempt.task),
                 attempt.number,
                 self._lease_ms,
-                "" if progress is None else progress.model_dump_json(),
+                told,
             ],
         )
         return Status(status) if status else None
+
+    def split(self, attempt: Attempt, cut: CutScoring) -> bool:
+        """End the attempt, and let shards do the job's scoring. Returns False when the job is not to go on."""
+        shards = [part for shard in cut.shards for part in (shard.holds, shard.work)]
+        arguments = [cut.phase.model_dump_json(), cut.rows_done, json.dumps(dict(cut.batch_tokens)), *shards]
+        return self._write("split", attempt, arguments)
+
+    def finish_shard(self, attempt: Attempt, model: str, seconds: float, rows: int) -> bool:
+        """End a shard; the last one of a job lets its main task wait again. Returns False when it is not to go on.
+
+        Args:
+            seconds: time for which the shard has measured `model`.
+            rows: number of rows of the whole shard.
+        """
+        return self._write("finish_shard", attempt, [model, seconds, rows])
+
+    def work_of_shard(self, attempt: Attempt) -> str | None:
+        """Return what a shard does, as `split` was told it; None when the job is gone."""
+        return cast(str | None, self._redis.hget(self._keys.task(attempt.task), "work"))
+
+    def shards_done(self, attempt: Attempt) -> ShardsDone:
+        """Return what is known of the shards that the job of an attempt at its main task has had."""
+        fields = cast(dict[str, str], self._redis.hgetall(self._keys.task(attempt.task)))
+        goes_on = fields.get("continues") == str(attempt.number)
+        elapsed = int(fields["joined_ms"]) - int(fields["split_ms"]) if goes_on else 0
+        of_model = {name: float(value) for name, value in fields.items() if name.startswith(SECONDS_OF)}
+        return ShardsDone(
+            goes_on=goes_on,
+            elapsed_seconds=elapsed / 1000,
+            seconds={name.removeprefix(SECONDS_OF): seconds for name, seconds in of_model.items()},
+            batch_tokens=json.loads(fields.get("batch_tokens", "{}")),
+        )
 
     def succeed(
         self, attempt: Attempt, result: MergeResult | ScoreResult, artifact: str, artifact_bytes: int = 0
@@ -193,6 +279,12 @@ class Tasks:
         """Let tasks take their turn that processes of the last release made to wait."""
         while self._scripts.run("adopt", "", [self._keys.due], [ADOPTED_AT_ONCE]):
             pass
+
+    def _write(self, script: str, attempt: Attempt, arguments: Sequence[Any]) -> bool:
+        """Run a script of an attempt at a task, and return whether it wrote anything."""
+        task = attempt.task
+        named = [str(task), attempt.number, *arguments]
+        return bool(self._scripts.run(script, task.job, [self._keys.task(task)], named))
 
     def _end(
         self,

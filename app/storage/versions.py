@@ -17,7 +17,7 @@ from redis import Redis
 from app.contracts.api_keys import DEFAULT_TENANT
 from app.storage.keys import Keys
 
-FORMAT = 2
+FORMAT = 3
 FIRST = 1
 """Format of what has no number."""
 MARK = "format.json"
@@ -43,7 +43,7 @@ def check_folder(data_dir: Path) -> int:
 
 def upgrade_folder(data_dir: Path) -> None:
     """Bring a data folder, which exists, to the present form. Raises as `check_folder` does, and OSError."""
-    if check_folder(data_dir) < FORMAT:  # of folders, form 2 only adds one for uploads, which is made when it is needed
+    if check_folder(data_dir) < FORMAT:  # form 2 only adds a folder for uploads, made when it is needed; form 3 none
         unfinished = data_dir / f"{MARK}.part"
         unfinished.write_text(_mark())
         unfinished.replace(data_dir / MARK)
@@ -103,7 +103,11 @@ def _list_jobs_by_tenant(redis: Redis, keys: Keys) -> None:
         position = f"({ids[-1]}"
 
 
-OF_REDIS: Mapping[int, Callable[[Redis, Keys], None]] = {1: _list_jobs_by_tenant}
+def _nothing(redis: Redis, keys: Keys) -> None:
+    """Change nothing: tasks of form 2 are as before. Form 3 has shards too, which processes of form 2 do not know."""
+
+
+OF_REDIS: Mapping[int, Callable[[Redis, Keys], None]] = {1: _list_jobs_by_tenant, 2: _nothing}
 """Steps to the next form, by the form that they begin with. A step may be taken twice, and by two processes at once."""
 
 

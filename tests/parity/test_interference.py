@@ -24,7 +24,7 @@ from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 from worker.engine.checkpoints.reader import TensorReader
 from worker.engine.jobs.engine import Engine
 from worker.engine.merging.interference import Interference, compared_tensors, interference, spread_runs
-from worker.tasks import phases_of
+from worker.specs import phases_of
 
 Layers = dict[int | None, list[torch.Tensor]]
 

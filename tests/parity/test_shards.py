@@ -127,17 +127,17 @@ def test_a_job_that_is_cut_again_names_what_is_left_alone(pair: list[Path], tmp_
     assert not named & {(shard.model, n) for shard in done if shard.pieces for n in range(*shard.pieces)}
 
 
-@pytest.mark.parametrize("method", [{"name": "fisher"}, {"name": "mask_regmean"}])
+@pytest.mark.parametrize("method", [{"name": "fisher", "examples": 24}, {"name": "mask_regmean", "examples": 200}])
 def test_what_is_more_than_scores_is_one_shard_a_model(
-    pair: list[Path], tmp_path: Path, method: dict[str, str]
+    pair: list[Path], tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    job = score_spec(pair, tmp_path / "cut", SHARD_S, examples=24, **method)
+    job = score_spec(pair, tmp_path / "cut", SHARD_S, **method)
     found = cut(job)
     assert [(shard.model, shard.pieces) for shard in found.shards] == [("m0", None), ("m1", None)]
     for work in reversed(found.shards):
         Engine().shard(shard_spec(job, work), silent)
     assert not any(model.score_cached for model in finished(job, found).models)
-    alone = score_spec(pair, tmp_path / "alone", NEVER_S, examples=24, **method)
+    alone = score_spec(pair, tmp_path / "alone", NEVER_S, **method)
     Engine().score(alone, silent)
     assert kept(job) == kept(alone)
 

@@ -7,7 +7,7 @@ import pytest
 from app.contracts.jobs import PhaseName
 from worker.engine.catalog.contracts.spec import MergeSpec
 from worker.progress import SHARES, ProgressMeter
-from worker.tasks import phases_of
+from worker.specs import phases_of
 
 PHASES = [PhaseName.LOADING, PhaseName.SCORING, PhaseName.MERGING, PhaseName.PUBLISHING]
 

@@ -1,10 +1,40 @@
 -- Starts an attempt at the task that is next. Returns the task's id and the attempt's number; false when none may start.
--- `limits` has the most running tasks of a tenant, and of any other under '*'; 0 is no limit.
+-- `limits` has the most running tasks of a tenant, and of any other under '*'; 0 is no limit. Of a job's shards, one of the
+-- checkpoint that the worker `holds` is next.
 local claim = KEYS[6]
-local lease_ms, worker, progress, limits, remembered_s = unpack(ARGV, 2)
+local lease_ms, worker, progress, limits, remembered_s, holds = unpack(ARGV, 2)
 local before = redis.call('GET', claim)
 if before then return before end  -- the answer to this claim got lost
 limits = cjson.decode(limits)
+
+-- Returns the shard to take among those of one job that wait first: one of the held checkpoint, or else the last of them, so
+-- that workers which hold others begin at different checkpoints.
+local function best_shard(tenant, first)
+  local chosen = first
+  for _, id in ipairs(redis.call('ZRANGE', WAITING .. tenant, 0, SHARDS_SEEN - 1)) do
+    if job_of(id) ~= job_of(first) or not is_shard(id) then break end
+    chosen = id
+    if redis.call('HGET', TASK .. id, 'holds') == holds then break end
+  end
+  return chosen
+end
+
+-- Tells of an attempt at a job's main task. When all shards are done, the attempt that was split goes on.
+local function begin(task, number)
+  if redis.call('HGET', task, 'left') == '0' then
+    redis.call('HDEL', task, 'left')
+    redis.call('HSET', task, 'continues', number)
+    return
+  end
+  local attempt = redis.call('HGET', job, 'attempt') + 1
+  change_job({
+    fields = {'attempt', attempt, 'started_ms', now},
+    {'status', 'running'},
+    {'log', 'attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. worker},
+    {'progress', progress},
+  })
+end
+
 local start = 1 + (redis.call('ZREVRANGE', TENANTS, 0, 0, 'WITHSCORES')[2] or 0)
 local order = start % TURN_EVERY == 0 and TURNS or RANKS
 while true do
@@ -17,20 +47,16 @@ while true do
   elseif not task_id then
     withhold(tenant)
   else
+    if is_shard(task_id) then task_id = best_shard(tenant, task_id) end
     local task = work_on(task_id)
-    local is_waiting = redis.call('HGET', task, 'state') == 'queued' and redis.call('HGET', job, 'status') == 'queued'
-    if is_waiting and not is_overdue(task_id) then
+    local is_wanted = has(',queued,running,', redis.call('HGET', job, 'status'))
+    if is_wanted and redis.call('HGET', task, 'state') == 'queued' and not is_overdue(main_of(task_id)) then
       redis.call('ZADD', TENANTS, start, tenant)
       move(task, task_id, 'running')
       local attempt = redis.call('HINCRBY', task, 'attempt', 1)
       redis.call('HSET', task, 'worker', worker)
       redis.call('ZADD', LEASES, now + lease_ms, task_id)
-      change_job({
-        fields = {'attempt', attempt, 'started_ms', now},
-        {'status', 'running'},
-        {'log', 'attempt_started', 'attempt ' .. attempt .. ' starts on worker ' .. worker},
-        {'progress', progress},
-      })
+      if not is_shard(task_id) then begin(task, attempt) end
       count(1, 'maskmerge_attempts_started_total', tenant)
       local claimed = task_id .. ' ' .. attempt
       redis.call('SET', claim, claimed, 'EX', remembered_s)

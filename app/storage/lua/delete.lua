@@ -12,6 +12,7 @@ local tenant = redis.call('HGET', job, 'tenant') or default_tenant
 redis.call('SET', gone, why .. ' ' .. tenant, 'EX', why_s)
 forget_deliveries()
 redis.call('HINCRBY', STORED, tenant, -(redis.call('HGET', job, 'artifact_bytes') or 0))
+for n = 0, (redis.call('HGET', task, 'shards') or 0) - 1 do redis.call('DEL', TASK .. job_id .. SHARD .. n) end
 redis.call('DEL', task, job, result, events, progress_events)
 redis.call('ZREM', jobs, job_id)
 redis.call('ZREM', jobs .. ':' .. tenant, job_id)

@@ -7,6 +7,7 @@ local bytes = tonumber(redis.call('HGET', job, 'bytes_to_write') or 0)
 local refused = refusal(tenant, bytes, most_waiting, most_stored, beside, room)
 if refused then return refused end
 redis.call('HSET', task, 'losses', 0)
+redis.call('HDEL', task, 'left')
 move(task, task_id, 'queued')
 start_the_time(task_id)
 change_job({without = {'error', 'started_ms', 'finished_ms'}, {'status', 'queued'}, {'progress', progress}})

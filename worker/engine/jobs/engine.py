@@ -29,12 +29,8 @@ class Engine:
         device = device or best_device()
         self._lasting = EngineState(device, ModelCache(device), BatchSizes(), Digests())
 
-    def run(
-        self, spec: MergeSpec | ScoreSpec | ShardSpec, on_progress: OnProgress
-    ) -> MergeResult | ScoreResult | ShardResult:
-        """Run a job of any kind. Raises Cut when its scoring is left to shards."""
-        if isinstance(spec, ShardSpec):
-            return self.shard(spec, on_progress)
+    def run(self, spec: MergeSpec | ScoreSpec, on_progress: OnProgress) -> MergeResult | ScoreResult:
+        """Run a job of either kind. Raises Cut when its scoring is left to shards."""
         return self.merge(spec, on_progress) if isinstance(spec, MergeSpec) else self.score(spec, on_progress)
 
     def merge(self, spec: MergeSpec, on_progress: OnProgress) -> MergeResult:
