@@ -1,4 +1,4 @@
-"""One job's scoring on three workers, one of which is killed: the bits of one process, and one shard made again."""
+"""One job's scoring on two workers, one of which is killed: the bits of one process, and one shard made again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +15,15 @@ from tests.tiny import merge_spec, model_spec, silent, write_rows
 from worker.engine.catalog.contracts.spec import ModelSpec
 from worker.engine.jobs.engine import Engine
 
-ROWS = 2500
-WORKERS = 3
+ROWS = 1500
+WORKERS = 2
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     for seed, (name, labels) in enumerate({"a": 2, "b": 3}.items()):
         write_rows(tiny_inputs / "rows" / f"shared-{name}.jsonl", count=ROWS, labels=labels, seed=seed)
-    environment = {"SHARD_SECONDS": "0.4", "THREADS": "1", "LEASE_SECONDS": "2"}
+    environment = {"SHARD_SECONDS": "0.3", "THREADS": "1", "LEASE_SECONDS": "2"}
     variables = {f"MASKMERGE_{name}": value for name, value in environment.items()}
     service = make_service(tmp_path_factory.mktemp("fan-out"), tiny_inputs, **variables)
     service.start(WORKERS)
@@ -74,7 +74,7 @@ def scores_of_one_process(inputs: Path, asked: dict[str, Any], folder: Path) -> 
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_job_on_three_workers_of_which_one_is_killed_has_the_bits_of_one_process(
+def test_a_job_on_two_workers_of_which_one_is_killed_has_the_bits_of_one_process(
     service: Service, tiny_inputs: Path, tmp_path: Path
 ) -> None:
     wait_until(lambda: len(workers(service)) == WORKERS, "all workers to have an engine")

@@ -154,7 +154,7 @@ def test_scripts_change_what_belongs_to_a_job_through_one_function_alone() -> No
     scripts = {path.stem: path.read_text() for path in FOLDER.glob("*.lua")}
     writes = re.compile(r"redis\.call\('(?!HGET|EXISTS)[A-Z]+', (job|result|events|progress_events)\b")
     assert {name for name, text in scripts.items() if writes.search(text)} == {"prelude"}
-    changing = {"create", "claim", "renew", "finish", "release", "cancel", "retry", "time_out"}
+    changing = {"create", "claim", "renew", "finish", "release", "cancel", "retry", "time_out", "split", "finish_shard"}
     assert {name for name, text in scripts.items() if "change_job(" in text} == {"prelude", *changing}
 
 
