@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from app.contracts.jobs import Attempt, Record
+from app.contracts.jobs import Record
 from app.contracts.provenance import PROVENANCE, SIGNED_PROVENANCE, statement
 from app.storage.signing_keys import SigningKey
 from worker.engine.catalog.contracts.report import MANIFEST
 
 
-def attest(folder: Path, record: Record, attempt: Attempt, key: SigningKey | None) -> None:
+def attest(folder: Path, record: Record, key: SigningKey | None) -> None:
     """Write the provenance of a complete artifact beside its files, and list it in the manifest.
 
     Args:
@@ -23,7 +23,7 @@ def attest(folder: Path, record: Record, attempt: Attempt, key: SigningKey | Non
         manifest,
         json.loads((folder / "recipe.json").read_bytes()),
         job=record.id,
-        attempt=attempt.number,
+        attempt=record.attempt,
         version=version("maskmerge"),
         started=record.core()["started_at"],
         finished=datetime.now(UTC),

@@ -320,7 +320,7 @@ class TaskRunner:
     def _publish(self, attempt: Attempt, record: Record, folder: Path, result: MergeResult | ScoreResult) -> None:
         start = time.monotonic()
         if isinstance(result, MergeResult):
-            attest(folder, record, attempt, self._signing_key)
+            attest(folder, record, self._signing_key)
         try:
             artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt, self._while_wanted(attempt)))
         except Unwanted as end:
