@@ -1,6 +1,7 @@
 """Scoring that is cut into shards gives the bits of scoring that is not, whoever computes which shard."""
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, write_ro
 from worker.engine.catalog.contracts.report import ScoreResult
 from worker.engine.catalog.contracts.spec import ScoreSpec, ShardSpec, ShardWork, SharedScoring, StoreSpec
 from worker.engine.catalog.contracts.statistics import NODE_SUMS
-from worker.engine.jobs.cutting import Cut
+from worker.engine.checkpoints.reader import Digests
+from worker.engine.jobs.context import EngineState, job_context
+from worker.engine.jobs.cutting import Cut, Cutter, Part
 from worker.engine.jobs.engine import Engine
+from worker.engine.jobs.score import load
+from worker.engine.models.loading import ModelCache
+from worker.engine.scoring.batching import BatchSizes
 from worker.engine.scoring.pieces import PIECE_ROWS, in_pieces, pieces
 
 ROWS = 600  # blocks end at 256, 512 and 600
@@ -146,6 +152,41 @@ def kept(job: ScoreSpec) -> set[tuple[str, bytes]]:
     """The files of all statistics, by address."""
     assert job.store is not None
     return {(file.parent.name, file.read_bytes()) for file in job.store.folder.glob("*/*.safetensors")}
+
+
+class Clock:
+    """Tells a time that grows by so many seconds each time that it is asked for."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._now = 0.0
+
+    def __call__(self) -> float:
+        self._now += self._seconds
+        return self._now
+
+
+@pytest.mark.parametrize(("shards", "is_cut"), [(1.5, False), (3.0, True)])
+def test_what_would_take_less_than_two_shards_is_not_cut(
+    pair: list[Path], tmp_path: Path, shards: float, is_cut: bool
+) -> None:
+    """Of two models, each is a shard at least; what counts is the time that both take."""
+    job = score_spec(pair, tmp_path, 20.0)
+    seen: list[int] = []
+    device = torch.device("cpu")
+    state = EngineState(device, ModelCache(device), BatchSizes(), Digests())
+    with job_context(job, state, silent) as context:
+        loaded = load(job, context)
+        [method] = job.method.methods
+        samples = [(model, model.rows.sample) for model in loaded.models]
+        parts = [Part(method, model, own, 1, frozenset(), "float32") for model, own in samples if own is not None]
+        cutter = Cutter(parts, context, Clock(1))
+        rows = round(2 * ROWS / shards / 20)  # in a second
+        with pytest.raises(Cut) if is_cut else nullcontext():
+            for _ in range(10):
+                cutter.computed(rows)
+                seen.append(rows)
+    assert (len(seen) == 10) is not is_cut
 
 
 @pytest.mark.parametrize("method", [{"examples": "auto"}, {"preset": "paper"}])

@@ -29,7 +29,7 @@ from worker.engine.scoring.sample import Sample, block_ends
 
 PROBED_SHARE = 0.1  # share of a shard's time in which the speed is seen; it is computed again, in the shards
 MOST_SHARDS = 512  # of a job: more rows make longer shards, so that the queue stays short
-LEAST_SHARDS = 2  # what is left takes at least as many shards, or it is not cut
+LEAST_SHARDS = 2  # what is left takes the time of at least as many shards, or it is not cut
 ALIKE = 0.01  # models of one architecture whose sizes differ by no more, as heads do, are run with as many tokens
 
 
@@ -139,8 +139,9 @@ class Cutter:
         if taken < self._look_at:
             return
         self._look_at = 2 * taken
-        shards = self._shards(self._rows / taken * self._seconds)
-        if len(shards) >= LEAST_SHARDS:
+        rows_each = self._rows / taken * self._seconds
+        shards = self._shards(rows_each)
+        if len(shards) > 1 and sum(shard.examples for shard in shards) >= LEAST_SHARDS * rows_each:
             raise Cut(shards, dict(self._batch_tokens))
 
     def _shards(self, rows_each: float) -> list[ShardWork]:
