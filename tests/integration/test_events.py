@@ -201,7 +201,8 @@ def test_events_tell_the_whole_way_of_a_job_and_are_numbered_by_its_revision(sto
     logged = [event.data for event in events if isinstance(event.data, LogEntry)]
     assert [entry.message for entry in logged if entry.code is LogCode.NOTE] == NOTES
     assert "loss 1 of 3" in next(entry.message for entry in logged if entry.code is LogCode.ATTEMPT_LOST)
-    assert {entry.code for entry in logged} == set(LogCode)
+    others = {LogCode.SCORING_CUT, LogCode.SHARDS_DONE, LogCode.DELIVERY_DROPPED}  # not of every job
+    assert {entry.code for entry in logged} == set(LogCode) - others
 
 
 def test_a_job_that_is_lost_too_often_says_why_it_failed(store: JobStore, read: Read) -> None:
