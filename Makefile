@@ -1,17 +1,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# pip compiles on one core what it installs, which takes longer than the rest; files that no Python compiles are not ours.
+INSTALL := $(BIN)/pip install --no-compile --disable-pip-version-check -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve bench browser test lint docs site clean
+.PHONY: help install tools demo serve bench browser test lint docs site clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-install: .venv/installed  ## create .venv with everything in it
+install: .venv/installed  ## create .venv with the service and what the demo needs
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "installing the service, torch and transformers into .venv"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,demo,dev,docs,mcp,tracing]'
+	$(INSTALL) -e '.[worker,embedded,demo]'
+	@echo "compiling it, on all cores"
+	@$(COMPILE)
+	@touch $@
+
+tools: .venv/tools  ## add linters, what tests need, and the optional extras
+
+.venv/tools: .venv/installed
+	$(INSTALL) --quiet -e '.[dev,docs,mcp,tracing]'
+	@$(COMPILE)
 	@touch $@
 
 demo: install  ## train two experts, merge them through the service, show the result
@@ -24,7 +37,7 @@ serve: install  ## the whole service on http://127.0.0.1:8000, its data in .demo
 bench: install  ## how fast scoring is, against bare passes (about 15 minutes on an idle machine)
 	$(BIN)/python bench/scoring.py
 
-lint: install
+lint: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -42,13 +55,13 @@ browser: /usr/bin/chromium  ## install the browser that tests drive
 
 # Three at once, since much of the time goes into waiting for services to start, to be killed and to recover; in the
 # order that conftest.py gives the files, rather than by how many tests they have.
-test: install browser lint  ## linters, types, import contracts and every test
+test: tools browser lint  ## linters, types, import contracts and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-docs: install  ## write docs/reference.md from the code
+docs: tools  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py
 
-site: install  ## build the documentation as a site in site/, where a broken link is an error
+site: tools  ## build the documentation as a site in site/, where a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:  ## remove what install and demo made

@@ -34,6 +34,7 @@ __all__ = ["Row", "base_model_folder", "make_tasks", "prepare"]
 
 PACKAGED = demo.READERS
 RECIPE = 1  # raise it when the same rows would give other weights
+BATCH_ROWS = 32
 PROCESSES = 2  # at once; each takes as many threads as one of the demo's two
 PARTS = ("train", "validation")
 
@@ -161,7 +162,9 @@ def train(name: str, labels: list[str], build: Path, seed: int, epochs: int) -> 
     logging.set_verbosity_error()  # else it tells of each training that the new head is not pre-trained
     logging.disable_progress_bar()
     told: dict[str, float] = {}
-    demo.train_expert(name, labels, build, seed, lambda kind, *values: told.update({kind: values[0]}), epochs)
+    demo.train_expert(
+        name, labels, build, seed, lambda kind, *values: told.update({kind: values[0]}), epochs, BATCH_ROWS
+    )
     return told["accuracy"]
 
 

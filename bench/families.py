@@ -22,6 +22,7 @@ from worker.engine.catalog.families import FAMILIES, Family, Kind
 __all__ = ["fine_tune", "write_ancestor", "write_rows"]
 
 BERT = FAMILIES["bert"]
+BATCH_ROWS = 32
 ENCODERS = ("bert", "camembert", "deberta-v2", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
 """Model types that the packaged BERT can be written as."""
 SEGMENTS = "embeddings.token_type_embeddings"
@@ -120,5 +121,5 @@ def fine_tune(ancestor: Path, labels: list[str], train: list[Row], folder: Path,
         label2id={name: label for label, name in enumerate(labels)},
         attn_implementation="eager",
     )
-    fit(model, make_batches(tokenizer, train), epochs, seed, on_step=lambda done, total: None)
+    fit(model, make_batches(tokenizer, train, BATCH_ROWS), epochs, seed, on_step=lambda done, total: None)
     model.save_pretrained(folder)

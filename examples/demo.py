@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
 TASKS = ("topics", "sentiment")
 POLL_S = 0.25
 START_TIMEOUT_S = 60
 READY = "ready on http"  # what the service logs when it is
 MAX_TOKENS = 128  # what the experts were trained on
+EXAMPLES = 256  # rows that each expert is measured on: more tell little more
 
 console = Console()
 
@@ -38,7 +41,7 @@ def recipe() -> dict[str, Any]:
     """What is POSTed: two checkpoints, rows to score them on, rows to compare them on."""
     return {
         "name": "demo",
-        "method": {"name": "mask_regmean"},
+        "method": {"name": "mask_regmean", "examples": EXAMPLES},
         "models": [
             {
                 "name": task,
@@ -77,28 +80,51 @@ def service(folder: Path, port: int) -> Iterator[Client]:
         process.wait()
 
 
+@contextmanager
+def progress() -> Iterator[Tell]:
+    """Shows how far the work is: by bars on a terminal, elsewhere by a line at each quarter."""
+    if console.is_terminal:
+        columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bars:
+            shown: dict[str, Any] = {}
+
+            def move(what: str, done: int, total: int) -> None:
+                if what not in shown:
+                    shown[what] = bars.add_task(what, total=None)
+                bars.update(shown[what], completed=done, total=total or None)
+
+            yield move
+    else:
+        quarters: dict[str, int] = {}
+
+        def write(what: str, done: int, total: int) -> None:
+            quarter = 4 * done // max(1, total)
+            if quarters.get(what) != quarter:
+                quarters[what] = quarter
+                print(f"{what}: {done} of {total}" if total else what, flush=True)
+
+        yield write
+
+
 def watch(client: Client, job_id: str) -> Job:
     """The job when it has ended, its progress shown meanwhile."""
-    columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bars:
-        shown: dict[str, Any] = {}
+    with progress() as tell:
+        told: JobProgress | None = None
         for event in client.events(job_id):
-            told = event.data
-            if isinstance(told, JobProgress) and told.phase not in ("queued", "done"):
-                if told.phase not in shown:
-                    finish(bars)
-                    shown[told.phase] = bars.add_task(told.phase, total=None)
-                bars.update(shown[told.phase], completed=told.done, total=told.total or None)
+            if isinstance(event.data, JobProgress) and event.data.phase not in ("queued", "done"):
+                if told is not None and told.phase != event.data.phase:
+                    finish(tell, told)
+                told = event.data
+                tell(told.phase, told.done, told.total)
         job = client.job(job_id)
-        if job.status is Status.SUCCEEDED:
-            finish(bars)
+        if told is not None and job.status is Status.SUCCEEDED:
+            finish(tell, told)
         return job
 
 
-def finish(bars: Progress) -> None:
+def finish(tell: Tell, told: JobProgress) -> None:
     """A phase that another one followed is complete, whether or not its end was seen."""
-    for task in bars.tasks:
-        bars.update(task.id, completed=task.total or 1, total=task.total or 1)
+    tell(told.phase, told.total or 1, told.total or 1)
 
 
 def show(metrics: dict[str, MetricResult]) -> None:
@@ -146,15 +172,8 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the block that stops the service
     inputs = options.dir / "inputs"
-    with Progress(*Progress.get_default_columns(), console=console) as bars:
-        shown: dict[str, Any] = {}
-
-        def on_progress(task: str, done: int, total: int) -> None:
-            if task not in shown:
-                shown[task] = bars.add_task(f"training {task}", total=total)
-            bars.update(shown[task], completed=done, total=total)
-
-        prepare(inputs, on_progress=on_progress)
+    with progress() as tell:
+        prepare(inputs, on_progress=lambda task, done, total: tell(f"training {task}", done, total))
     request = inputs / "recipe.json"
     request.write_text(json.dumps(recipe(), indent=1))
     with service(options.dir, options.port) as client:

@@ -35,8 +35,9 @@ BUILD_PREFIX = ".experts-"
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MAX_CHARACTERS = 200  # of an article: its first sentence or two, about as long as a tweet
 MAX_TOKENS = 128
-BATCH_ROWS = 32
-EPOCHS = 2
+BATCH_ROWS = 16
+TRAIN_ROWS = 640  # more make better experts, and take longer
+EPOCHS = 1
 LEARNING_RATE = 2e-4
 WARMUP = 0.1
 MIN_CONFIDENCE = 0.7
@@ -168,14 +169,14 @@ def read_rows(path: Path) -> list[Row]:
 # --- training: what runs in the process of one expert -------------------------------------------------
 
 
-def make_batches(tokenizer: Any, rows: list[Row]) -> list[Any]:
+def make_batches(tokenizer: Any, rows: list[Row], batch_rows: int = BATCH_ROWS) -> list[Any]:
     """Padded batches of texts of like length."""
     import torch
 
     rows = sorted(rows, key=lambda row: len(row.text) + len(row.text_pair))
     batches = []
-    for start in range(0, len(rows), BATCH_ROWS):
-        chosen = rows[start : start + BATCH_ROWS]
+    for start in range(0, len(rows), batch_rows):
+        chosen = rows[start : start + batch_rows]
         texts, pairs = [row.text for row in chosen], [row.text_pair for row in chosen]
         batch = tokenizer(
             texts,
@@ -238,7 +239,13 @@ def share_right(model: Any, batches: list[Any]) -> float:
 
 
 def train_expert(
-    task: str, labels: list[str], build: Path, seed: int, emit: Callable[..., None], epochs: int = EPOCHS
+    task: str,
+    labels: list[str],
+    build: Path,
+    seed: int,
+    emit: Callable[..., None],
+    epochs: int = EPOCHS,
+    batch_rows: int = BATCH_ROWS,
 ) -> None:
     """Make one expert from the task's files in the build folder."""
     import torch
@@ -257,7 +264,7 @@ def train_expert(
         attn_implementation="eager",
     )
     data = build / "tasks" / task
-    batches = make_batches(tokenizer, read_rows(data / "train.jsonl"))
+    batches = make_batches(tokenizer, read_rows(data / "train.jsonl"), batch_rows)
     fit(model, batches, epochs, seed, on_step=lambda done, total: emit("step", done, total))
     model.save_pretrained(folder)
     emit("accuracy", share_right(model, make_batches(tokenizer, read_rows(data / "validation.jsonl"))))
@@ -361,7 +368,7 @@ def alone(root: Path) -> Iterator[None]:
 def prepare(
     root: Path,
     *,
-    train_rows: int = 2400,
+    train_rows: int = TRAIN_ROWS,
     validation_rows: int = 400,
     seed: int = 0,
     on_progress: Progress | None = None,
@@ -372,7 +379,8 @@ def prepare(
     called with a task, the training steps done and the steps in all. What an interrupted run leaves behind
     is never taken for a result, and the next run removes it.
     """
-    parameters = {"recipe": RECIPE, "train_rows": train_rows, "validation_rows": validation_rows, "seed": seed}
+    parameters = {"recipe": RECIPE, "epochs": EPOCHS, "batch_rows": BATCH_ROWS, "train_rows": train_rows}
+    parameters |= {"validation_rows": validation_rows, "seed": seed}
     report = on_progress or (lambda task, done, total: None)
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -400,7 +408,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune two small BERT experts on real data.")
     parser.add_argument("root", type=Path, help="folder for the data and the experts")
     parser.add_argument(
-        "--train-rows", type=int, default=2400, help="training rows of each task, at most (%(default)s)"
+        "--train-rows", type=int, default=TRAIN_ROWS, help="training rows of each task, at most (%(default)s)"
     )
     parser.add_argument("--validation-rows", type=int, default=400, help="held-out rows of each task (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the training (%(default)s)")

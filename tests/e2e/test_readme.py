@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.pages import console_commands, matches, printed_by
 
-TIMEOUT_S = 1400  # two trainings, two merges, two services, beside other tests: twenty minutes where AVX-512 is missing
+TIMEOUT_S = 840  # two trainings, two merges, two services, beside other tests: ten minutes where AVX-512 is missing
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 COMMANDS = console_commands(REPOSITORY / "README.md")
 
@@ -37,6 +37,8 @@ def test_the_demo_shows_the_table_and_where_the_artifact_is(outputs: dict[str, s
     shown = outputs["make demo"]
     for words in ("topics", "sentiment", "plain average", "retention", "The artifact is in", "curl "):
         assert words in shown
+    for begun in ("training topics: 0 of", "training sentiment: 0 of", "scoring", "evaluating"):  # off a terminal
+        assert begun in shown
     assert len(re.findall(r"accuracy │ +0\.\d{4} │ +0\.\d{4} │ +0\.\d{4} │ +\d\.\d{4}", shown)) == 2, shown
 
 
