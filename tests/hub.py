@@ -58,13 +58,24 @@ class Hub:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Tokens that may read what is private."""
+        return (self.token,)
+
     def add(self, kind: str, name: str, folder: Path, *, private: bool = False) -> Repository:
         repository = self.repositories[kind, name] = Repository(kind, name, private)
         repository.push(folder)
         return repository
 
     def serving(self) -> "Serving":
-        routes = [
+        return Serving(
+            Starlette(routes=self.routes(), exception_handlers={Refused: _refuse, Instead: _answer_instead}), self.port
+        )
+
+    def routes(self) -> list[Route]:
+        """Return what it answers, the first that fits."""
+        return [
             Route("/api/{kinds}/{org}/{name}", self._info),
             Route("/api/{kinds}/{org}/{name}/revision/{revision:path}", self._info),
             Route("/api/{kinds}/{org}/{name}/tree/{rest:path}", self._tree),
@@ -73,9 +84,6 @@ class Hub:
             Route("/{org}/{name}/resolve/{rest:path}", self._file),
             Route("/{rest:path}", self._unknown, methods=["GET", "POST", "HEAD"]),
         ]
-        return Serving(
-            Starlette(routes=routes, exception_handlers={Refused: _refuse, Instead: _answer_instead}), self.port
-        )
 
     def _find(self, request: Request, kind: str, revision: str) -> tuple[Repository, str, Path]:
         """The repository, the commit and its folder. Raises Refused."""
@@ -85,7 +93,7 @@ class Hub:
         if self.answer is not None:
             raise Instead(*self.answer)
         repository = self.repositories.get((kind, f"{request.path_params['org']}/{request.path_params['name']}"))
-        allowed = request.headers.get("authorization") == f"Bearer {self.token}"
+        allowed = request.headers.get("authorization") in {f"Bearer {token}" for token in self.tokens}
         if repository is None or (repository.private and not allowed):
             raise Refused(404, "RepoNotFound")
         commit = repository.commit_at(revision)

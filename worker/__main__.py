@@ -168,7 +168,14 @@ def run(settings: Settings) -> int:
         job_class=job_class(functions),
         worker_ttl=60,
     )
-    storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, searches, signing_key)
+    storage = Storage(
+        store,
+        partial(_of_tenant, settings, store, artifacts),
+        artifacts,
+        searches,
+        signing_key,
+        settings.publish_seconds,
+    )
     tracer = open_tracer("worker")
     runner = TaskRunner(
         name,

@@ -62,6 +62,7 @@ from worker.engine_process import (
 )
 from worker.progress import LEAST_FRACTION, ProgressMeter
 from worker.provenance import attest
+from worker.publishing import with_publications
 from worker.specs import Inputs, checkpoints_of, job_spec, phases_of, shard_spec
 from worker.trace import AttemptTrace
 
@@ -113,6 +114,8 @@ class Storage:
     searches: SearchFolder
     signing_key: SigningKey | None = None
     """The key that signs the provenance of artifacts."""
+    publish_seconds: float = 3600
+    """Time for publishing an artifact at further places."""
 
 
 class TaskRunner:
@@ -144,6 +147,7 @@ class TaskRunner:
         self._artifacts = storage.artifacts
         self._searches = storage.searches
         self._signing_key = storage.signing_key
+        self._publish_seconds = storage.publish_seconds
         self._engine = engine
         self._renew_interval = min(storage.store.tasks.lease_seconds / 4, LONGEST_RENEWAL_S)
         self._max_engine_bytes = max_engine_bytes
@@ -322,6 +326,8 @@ class TaskRunner:
         if isinstance(result, MergeResult):
             attest(folder, record, self._signing_key)
         try:
+            if isinstance(result, MergeResult):
+                result = self._with_publications(attempt, record, folder, result)
             artifact = self._keeping(attempt, lambda: self._artifacts.publish(attempt, self._while_wanted(attempt)))
         except Unwanted as end:
             self._gives_up(attempt, end)
@@ -338,6 +344,23 @@ class TaskRunner:
             self._ends("succeeded")
         else:
             self._withdraw(attempt, None)
+
+    def _with_publications(self, attempt: Attempt, record: Record, folder: Path, result: MergeResult) -> MergeResult:
+        """Publish a complete artifact at the further places that the request names. Raises Unwanted."""
+        renewed = 0.0
+        recorded: Progress | None = None
+
+        def keep(progress: Progress) -> None:
+            nonlocal renewed, recorded
+            if self._is_stopping():
+                raise Unwanted(Status.QUEUED)
+            if time.monotonic() - renewed >= self._renew_interval:
+                status = self._renew(attempt, progress if progress != recorded else None)
+                renewed, recorded = time.monotonic(), progress
+                if status is not Status.RUNNING:
+                    raise Unwanted(status)
+
+        return with_publications(result, record, folder, self._publish_seconds, TICK_S, keep)
 
     def _split(self, attempt: Attempt, record: Record, cut: CutIntoShards, meter: ProgressMeter) -> None:
         """End the attempt, and leave the job's scoring to shards, of which this worker may take one at once."""

@@ -27,6 +27,8 @@ class Exit(IntEnum):
     """No service answers at the URL."""
     NEWER_DATA = 7
     """A newer release has written the data folder, or what Redis holds."""
+    NOT_PUBLISHED = 8
+    """The job succeeded, and not every place that the recipe names has its merge."""
     INTERRUPTED = 130
     """Ctrl-C."""
 
@@ -47,8 +49,12 @@ def outcome(job: "Job") -> Exit:
         return Exit.FAILED
     if job.status is Status.CANCELLED:
         return Exit.CANCELLED
-    is_refused = isinstance(job.result, MergeResult) and job.result.accepted is False
-    return Exit.NOT_ACCEPTED if is_refused else Exit.OK
+    if not isinstance(job.result, MergeResult):
+        return Exit.OK
+    if job.result.accepted is False:
+        return Exit.NOT_ACCEPTED
+    has_failed = any(found.outcome == "failed" for found in job.result.published)
+    return Exit.NOT_PUBLISHED if has_failed else Exit.OK
 
 
 SIGNS = {

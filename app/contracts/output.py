@@ -2,8 +2,9 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from app.contracts.targets import MOST_TARGETS, Target
 from worker.engine.catalog.contracts.spec import (
     ALIGN_RIDGE,
     ALIGNMENT_ROWS,
@@ -15,6 +16,13 @@ from worker.engine.catalog.contracts.spec import (
     VocabularyPolicy,
 )
 from worker.engine.catalog.primitives.tokens import TokenSettings
+
+
+def _listed(value: object) -> object:
+    """Return the places of a request as a list. Records of the last release have null."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else value
 
 
 class Output(TokenSettings):
@@ -48,8 +56,10 @@ class Output(TokenSettings):
     interference: bool = True
     """Whether to compare the models' differences from the base for the report, which reads the checkpoints once more.
     It has no effect where no base is named."""
-    publish: str | None = None
-    """Reference of a further place to publish at."""
+    publish: Annotated[list[str], BeforeValidator(_listed)] = Field(default_factory=list, max_length=MOST_TARGETS)
+    """Further places to publish the merge at, a list or one: `hf:ORG/NAME`, `s3:BUCKET/PREFIX`,
+    `mlflow:SERVER/MODEL[@ALIAS]`. The
+    service's settings say which there are. What `accept` refuses is published at none of them."""
 
     @property
     def alignment(self) -> dict[str, float]:
@@ -61,6 +71,14 @@ class Output(TokenSettings):
     def spec(self) -> OutputSpec:
         """The settings of the output that the engine needs."""
         return OutputSpec.model_validate(self.model_dump(include=set(OutputSpec.model_fields)))
+
+    @field_validator("publish")
+    @classmethod
+    def _are_places(cls, targets: list[str]) -> list[str]:
+        parsed = [Target.parse(target) for target in targets]
+        if len({(target.scheme, target.name) for target in parsed}) < len(parsed):
+            raise ValueError("it names a place twice")
+        return targets
 
     @field_validator("chat_template")
     @classmethod

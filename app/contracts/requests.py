@@ -297,8 +297,5 @@ def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, s
     """Return (field, why) of everything that the schema knows and this version cannot do, which is refused."""
     if not isinstance(request, MergeRequest):
         return []
-    used = {
-        "device": request.device == "cuda",
-        "output.publish": request.output.publish is not None,
-    }
+    used = {"device": request.device == "cuda"}
     return [(field, "is not available yet; leave it out") for field, is_used in used.items() if is_used]

@@ -7,7 +7,16 @@ from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.contracts.addresses import as_address
@@ -15,9 +24,21 @@ from app.contracts.api_keys import Tenant
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
 from app.contracts.object_storage import Location, ObjectStorage
 
-SEPARATORS = {"local_roots": ":", "s3_buckets": ",", "allowed_hosts": ",", "cors_origins": ",", "trusted_proxies": ","}
+SEPARATORS = {
+    "local_roots": ":",
+    "s3_buckets": ",",
+    "allowed_hosts": ",",
+    "cors_origins": ",",
+    "trusted_proxies": ",",
+    "publish_targets": ",",
+}
 """Between the parts of a variable's value."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
+OBJECTS = {
+    "tenant_limits": '{"search": {"active_jobs": 4}}',
+    "mlflow_servers": '{"prod": {"url": "https://mlflow.example.org"}}',
+}
+"""Examples of settings in JSON."""
 LogFormat = Literal["text", "json"]
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -39,6 +60,20 @@ def _network(value: object) -> object:
 
 
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
+
+
+class MlflowServer(BaseModel):
+    """A server of MLflow, to whose address no request can add anything."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\\s]+(/[^?#\\s]*)?$")]
+    token_file: Path | None = None
+    """File of the bearer token."""
+    experiment: Annotated[str, Field(min_length=1, max_length=250)] = "maskmerge"
+
+
+ServerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
 
 class Settings(BaseSettings):
@@ -155,6 +190,18 @@ class Settings(BaseSettings):
     """A receiver of webhooks must answer within this time, or the attempt has failed."""
     webhook_progress_seconds: Annotated[float, Field(ge=1, le=86_400)] = 10
     """Least time between two `job.progress` of a job."""
+    publish_targets: Annotated[tuple[str, ...], NoDecode] = ()
+    """Places that requests may publish merges at, separated by commas, where `*` stands for any text, as `hf:acme/*` or
+    `mlflow:prod/*`. `{tenant}` stands for the name of the request's tenant. None when not set."""
+    hub_token_file: Path | None = None
+    """File of the token with which merges are published on the hub, which needs the right to write. HF_TOKEN is for
+    reading inputs, and never publishes."""
+    mlflow_servers: Annotated[dict[ServerName, MlflowServer], NoDecode] = {}
+    """MLflow servers that merges are published at, as JSON by the names that requests have for them, such as
+    `{"prod": {"url": "https://mlflow.example.org", "token_file": "/run/secrets/mlflow"}}`; `experiment` is the one of
+    the runs, `maskmerge` when not set."""
+    publish_seconds: Annotated[float, Field(gt=0, le=86_400)] = 3600
+    """Publishing a merge at all its further places must be done within this time, or has failed at what is left."""
     signing_key: Path | None = None
     """File of the private key, in PEM and without a passphrase, that signs the provenance of merges. Without it, they
     are not signed."""
@@ -172,15 +219,15 @@ class Settings(BaseSettings):
             return [part for part in value.split(SEPARATORS[str(info.field_name)]) if part]
         return value
 
-    @field_validator("tenant_limits", mode="before")
+    @field_validator("tenant_limits", "mlflow_servers", mode="before")
     @classmethod
-    def _parse(cls, value: object) -> object:
+    def _parse(cls, value: object, info: ValidationInfo) -> object:
         if not isinstance(value, str):
             return value
         try:
             return json.loads(value)
         except ValueError as error:
-            raise ValueError(f'is no JSON ({error}); write it as {{"search": {{"active_jobs": 4}}}}') from error
+            raise ValueError(f"is no JSON ({error}); write it as {OBJECTS[str(info.field_name)]}") from error
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -274,7 +321,7 @@ class Settings(BaseSettings):
         if isinstance(value, tuple):
             return SEPARATORS[name].join(str(part) for part in value)
         if isinstance(value, Mapping):
-            return json.dumps({key: of.model_dump(exclude_unset=True) for key, of in value.items()})
+            return json.dumps({key: of.model_dump(mode="json", exclude_unset=True) for key, of in value.items()})
         return "" if value is None else str(value)
 
     def describe(self) -> list[tuple[str, str, str]]:

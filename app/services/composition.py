@@ -10,6 +10,7 @@ from app.services.deliverer import Deliverer
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
 from app.services.limits import Room
+from app.services.targets import Targets
 from app.services.uploads import Uploads
 from app.services.webhook_sender import Sender
 from app.services.webhooks import Webhooks
@@ -102,7 +103,9 @@ def compose(settings: Settings) -> Services:
     statistics = StatisticsFolders(settings.data_dir)
     uploads = UploadFolders(settings.data_dir)
     room = Room(store.usage, artifacts, statistics, uploads, settings.limits, settings.min_free_bytes)
-    jobs = Jobs(store, queue, inspectors, webhooks, room, settings.limits, settings.idempotency_seconds)
+    jobs = Jobs(
+        store, queue, inspectors, webhooks, room, settings.limits, settings.idempotency_seconds, Targets(settings)
+    )
     watching = connect_for_watching(url, most=WATCHING, longest_wait_s=TURN_MS / 1000)
     watcher = JobWatcher(watching, settings.prefix)
     searches = SearchFolder(settings.data_dir)

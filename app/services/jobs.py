@@ -21,6 +21,7 @@ from app.services.checks import Accepted
 from app.services.inspection import Inspectors, sources
 from app.services.limits import Room, refusing, require_priority
 from app.services.previews import Preview, RowsAsked
+from app.services.targets import Targets
 from app.services.webhooks import Webhooks
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -42,6 +43,7 @@ class Jobs:
         room: Room,
         limits: TenantLimits,
         idempotency_seconds: int,
+        targets: Targets,
     ) -> None:
         self._store = store
         self._queue = queue
@@ -50,6 +52,7 @@ class Jobs:
         self._room = room
         self._limits = limits
         self._idempotency_seconds = idempotency_seconds
+        self._targets = targets
 
     async def submit(
         self, request: MergeRequest | ScoreRequest, caller: Caller, *, idempotency_key: str | None = None
@@ -188,6 +191,7 @@ class Jobs:
 
     async def _check(self, request: MergeRequest | ScoreRequest, tenant: str) -> Accepted:
         require_priority(self._limits.of(tenant), request.priority)
+        self._targets.require(request, tenant)
         named = {job_id for source in sources(request) if (job_id := job_named(source)) is not None}
         outcomes = await run_sync(self._outcomes, named, tenant) if named else {}
         return await self._inspectors.check(request, tenant, outcomes)

@@ -49,7 +49,7 @@ def test_a_merge_of_language_models_is_one_model_that_loads(service: Service, in
     )
     folder = downloaded(service, job, tmp_path)
     assert {path.name for path in folder.iterdir()} == {
-        "model", "README.md", "manifest.json", "recipe.json", "report.html", "report.json",
+        "model", "README.md", "manifest.json", "provenance.json", "recipe.json", "report.html", "report.json",
     }  # fmt: skip
     base, first, second = (read_model(inputs / "checkpoints" / f"lm-{seed}") for seed in range(3))
     wanted = {n: b.double() + 0.5 * ((first[n] - b).double() + (second[n] - b).double()) for n, b in base.items()}

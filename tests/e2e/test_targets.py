@@ -1,24 +1,37 @@
-"""What goes along with a merge that leaves the service: where it comes from, its licences, and who says so."""
+"""Merges that leave the service: what goes along with them, and the places that they are published at."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
 import tarfile
+import time
 from base64 import b64decode
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from transformers import AutoModelForSequenceClassification
 
 from app.cli import main
 from app.cli.exits import Exit
 from app.contracts.provenance import CHECKPOINT_DIGEST
-from tests.conftest import Service, make_service, tiny_recipe
+from app.contracts.settings import Settings
+from tests.conftest import Service, assert_problem, free_port, make_service, tiny_recipe, wait_until
+from tests.writable_hub import WritableHub
+from worker.publisher import Order, published
 
+REPOSITORY = Path(__file__).parents[2]
+MLFLOW_TOKEN = "mlflow_secret_of_the_tests"
 LICENCES = {"a": "cc-by-nc-4.0", "b": "gpl-3.0"}
 
 
@@ -29,6 +42,12 @@ def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     return private, public
+
+
+def publishing(*targets: str, **changes: Any) -> dict[str, Any]:
+    """A merge that is published at places."""
+    recipe = tiny_recipe("a", "b", name="average")
+    return {**recipe, "output": {"publish": list(targets)}, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +61,68 @@ def public_key(root: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(root: Path, tiny_inputs: Path, public_key: Path) -> Iterator[Service]:
+def hub(root: Path) -> Iterator[WritableHub]:
+    hub = WritableHub(free_port(), folder=root / "hub")
+    with hub.serving():
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def mlflow_url() -> str:
+    """Address that an MLflow server gets, if a test starts one."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(scope="module")
+def mlflow(root: Path, mlflow_url: str) -> Iterator[httpx.Client]:
+    """A real MLflow server, which lies in an environment of its own, since it does not take this one's pyarrow."""
+    program = os.environ.get("MASKMERGE_TEST_MLFLOW") or str(REPOSITORY / ".venv-mlflow" / "bin" / "mlflow")
+    if not Path(program).exists():
+        pytest.skip(f"there is no MLflow at {program}: python -m venv .venv-mlflow, and install mlflow==3.17.2 there")
+    folder = root / "mlflow"
+    folder.mkdir()
+    command = [program, "server", "--host", "127.0.0.1", "--port", mlflow_url.rpartition(":")[2], "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder}/db", "--artifacts-destination", str(folder / "files")]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen([*command, *stores], stdout=log, stderr=log, cwd=folder, start_new_session=True) as process,
+        httpx.Client(base_url=mlflow_url) as client,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            with suppress(httpx.TransportError):
+                return client.get("/health").is_success
+            return False
+
+        wait_until(answers, "the MLflow server answers")
+        yield client
+        os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def service(root: Path, tiny_inputs: Path, public_key: Path, hub: WritableHub, mlflow_url: str) -> Iterator[Service]:
     inputs = root / "inputs"
     for part in ("checkpoints/a", "checkpoints/b", "rows"):
         shutil.copytree(tiny_inputs / part, inputs / part)
     for name, licence in LICENCES.items():
         (inputs / "checkpoints" / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
-    service = make_service(root, inputs, MASKMERGE_SIGNING_KEY=str(public_key.with_suffix(".pem")))
+    (root / "hub.token").write_text(f"{hub.write_token}\n")
+    (root / "mlflow.token").write_text(f"{MLFLOW_TOKEN}\n")
+    servers = {"prod": {"url": mlflow_url, "token_file": str(root / "mlflow.token")}}
+    service = make_service(
+        root,
+        inputs,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        HF_ENDPOINT=hub.endpoint,
+        HF_HOME=str(root / "hf"),
+        HF_TOKEN=hub.token,
+        MASKMERGE_SIGNING_KEY=str(public_key.with_suffix(".pem")),
+        MASKMERGE_PUBLISH_TARGETS="hf:acme/*,hf:other/*,mlflow:prod/{tenant}-*",
+        MASKMERGE_HUB_TOKEN_FILE=str(root / "hub.token"),
+        MASKMERGE_MLFLOW_SERVERS=json.dumps(servers),
+    )
     service.start()
     yield service
     assert service.stop() == 0
@@ -56,7 +130,7 @@ def service(root: Path, tiny_inputs: Path, public_key: Path) -> Iterator[Service
 
 @pytest.fixture(scope="module")
 def job(service: Service) -> dict[str, Any]:
-    job = service.finished(service.submit(tiny_recipe("a", "b", name="average")))
+    job = service.finished(service.submit(publishing("hf:acme/both")))
     assert job["status"] == "succeeded", job["error"]
     return job
 
@@ -172,3 +246,215 @@ def test_a_service_does_not_start_with_a_key_that_cannot_sign(
     told = capsys.readouterr().err
     assert "MASKMERGE_SIGNING_KEY" in told
     assert content not in told.replace(str(key), "") if content else True
+
+
+def test_a_repository_gets_one_commit_with_everything(
+    service: Service, hub: WritableHub, job: dict[str, Any], downloaded: Path, public_key: Path
+) -> None:
+    [found] = job["result"]["published"]
+    [newest, _] = hub.log["acme/both"]
+    assert (found["outcome"], found["versions"]) == ("published", {"acme/both": newest[0]})
+    assert newest[1] == "Merge a+b"
+    assert job["id"] in newest[2]
+    assert hub.repositories["model", "acme/both"].private
+    published = hub.written("acme/both")
+    names = {path.relative_to(published).as_posix() for path in published.rglob("*") if path.is_file()}
+    assert names - {".gitattributes"} == {
+        p.relative_to(downloaded).as_posix() for p in downloaded.rglob("*") if p.is_file()
+    }
+    assert main(["verify", str(published), "--key", str(public_key)]) == Exit.OK
+    card = (published / "README.md").read_text()
+    assert 'AutoModelForSequenceClassification.from_pretrained("acme/both", subfolder="models/a")' in card
+    assert f"published at hf:acme/both: acme/both {newest[0]}" in job["result"]["notes"]
+    events = service.get(f"/jobs/{job['id']}/log").text
+    assert "published at hf:acme/both" in events
+    assert found["url"] == f"{hub.endpoint}/acme/both/tree/{newest[0]}"
+    for secret in (hub.write_token, MLFLOW_TOKEN):
+        assert secret not in json.dumps(job) + service.log + events
+
+
+def test_a_published_model_is_the_merge(hub: WritableHub, job: dict[str, Any], downloaded: Path) -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    for name in "ab":
+        published, own = (
+            AutoModelForSequenceClassification.from_pretrained(folder / "models" / name)(ids).logits
+            for folder in (hub.written("acme/both"), downloaded)
+        )
+        assert torch.equal(published, own)
+
+
+def test_a_retried_attempt_makes_no_second_commit(service: Service, hub: WritableHub) -> None:
+    hub.fails = 2
+    first = service.finished(service.submit(publishing("hf:acme/again")))
+    assert first["result"]["published"][0]["outcome"] == "published"  # after two tries in vain
+    order = {
+        "folder": str(service.data_dir / "artifacts" / f"{first['id']}.1"),
+        "job": first["id"],
+        "name": first["name"],
+        "tenant": "default",
+        "accepted": None,
+        "targets": ["hf:acme/again", "hf:elsewhere/again"],
+        "facts": {},
+    }
+    environment = {**os.environ, **service.environment}
+    script = "import os, sys; from worker.publisher import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(order).encode(),
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    again, elsewhere = map(json.loads, done.stdout.splitlines())
+    assert (again["outcome"], again["versions"]) == ("unchanged", first["result"]["published"][0]["versions"])
+    assert elsewhere["error"]["code"] == "refused"
+    assert len(hub.log["acme/again"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "two words", None])
+def test_without_a_token_of_its_own_nothing_is_published(
+    service: Service, job: dict[str, Any], tmp_path: Path, content: str | None
+) -> None:
+    token = tmp_path / "token"
+    if content is not None:
+        token.write_text(content)
+    folder = service.data_dir / "artifacts" / f"{job['id']}.1"
+    order = Order(folder=folder, job="j", name="n", tenant="default", accepted=None, targets=[], facts={})
+    error = published("hf:acme/x", order, Settings(publish_targets=("hf:acme/*",), hub_token_file=token)).error
+    assert error is not None
+    assert error.code == "denied"
+    assert not content or content not in error.message
+
+
+def test_a_later_merge_replaces_the_files_of_the_one_before(service: Service, hub: WritableHub) -> None:
+    recipe = publishing("hf:acme/again")
+    recipe["models"] = [{**model, "name": f"{model['name']}2"} for model in recipe["models"]]
+    job = service.finished(service.submit(recipe))
+    assert job["result"]["published"][0]["outcome"] == "published"
+    models = {path.name for path in (hub.written("acme/again") / "models").iterdir() if any(path.iterdir())}
+    assert models == {"a2", "b2"}
+
+
+def test_a_place_that_fails_loses_no_artifact(
+    service: Service, tmp_path: Path, hub: WritableHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(publishing("hf:other/denied", "hf:acme/after")))
+    assert main(["submit", str(path), "--url", service.url, "--wait", "--json"]) == Exit.NOT_PUBLISHED
+    job = json.loads(capsys.readouterr().out)
+    denied, after = job["result"]["published"]
+    assert (job["status"], denied["outcome"], after["outcome"]) == ("succeeded", "failed", "published")
+    assert denied["error"]["code"] == "denied"
+    assert not denied["error"]["retryable"]
+    assert "403" in job["result"]["notes"][0]
+    assert job["result"]["notes"][0].startswith("not published at hf:other/denied: ")
+    assert service.get(f"/jobs/{job['id']}/artifacts").json()["files"]
+
+
+def test_what_is_not_accepted_is_published_nowhere(service: Service, hub: WritableHub) -> None:
+    asked = publishing("hf:acme/not-accepted", "mlflow:prod/default-x@champion", accept={"min_mean_retention": 2})
+    job = service.finished(service.submit(asked))
+    assert [found["outcome"] for found in job["result"]["published"]] == ["withheld", "withheld"]
+    assert job["result"]["notes"][0].startswith("the merge is not accepted")
+    assert ("model", "acme/not-accepted") not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("hf:elsewhere/x", "MASKMERGE_PUBLISH_TARGETS"),
+        ("mlflow:prod/somebody-x", "MASKMERGE_PUBLISH_TARGETS"),
+        ("mlflow:other/default-x", "MASKMERGE_PUBLISH_TARGETS"),
+        ("mlflow:prod/default-x@champion", "state accept"),
+        ("http://127.0.0.1/x", "no place to publish at"),
+        ("mlflow:http://127.0.0.1:1/x", "no place to publish at"),
+        ("hf:acme/../x", "no place to publish at"),
+        ("hf:acme/x/../../other/y", "no place to publish at"),
+        ("hf:acme/x@main", "no place to publish at"),
+    ],
+)
+def test_a_place_that_is_not_allowed_is_refused_before_there_is_a_job(service: Service, target: str, says: str) -> None:
+    response = service.post("/merge", json=publishing("hf:acme/x", target))
+    assert_problem(response, 422, "invalid_request")
+    [error] = response.json()["errors"]
+    assert error["field"].startswith("output.publish")
+    assert says in error["message"]
+
+
+def test_a_cancelled_job_stops_publishing(service: Service, hub: WritableHub) -> None:
+    hub.commit_takes_s = 60
+    try:
+        job_id = service.submit(publishing("hf:acme/cancelled"))
+        wait_until(lambda: any("cancelled/commit" in asked for asked in hub.requests), "the job publishes")
+        service.post(f"/jobs/{job_id}/cancel")
+        start = time.monotonic()
+        assert service.finished(job_id)["status"] == "cancelled"
+        assert time.monotonic() - start < 10
+    finally:
+        hub.commit_takes_s = 0
+    assert len(hub.log["acme/cancelled"]) == 1
+
+
+def test_a_registry_gets_versions_metrics_and_the_alias(service: Service, mlflow: httpx.Client) -> None:
+    target = "mlflow:prod/default-reviews@champion"
+    job = service.finished(service.submit(publishing(target, accept={"min_mean_retention": 0})))
+    [found] = job["result"]["published"]
+    assert (found["outcome"], found["versions"]) == (
+        "published", {"default-reviews-a": "1", "default-reviews-b": "1"},
+    ), found  # fmt: skip
+
+    def asks(path: str, **parameters: str) -> Any:
+        return mlflow.get(f"/api/2.0/mlflow/{path}", params=parameters).raise_for_status().json()
+
+    version = asks("registered-models/alias", name="default-reviews-a", alias="champion")["model_version"]
+    assert version["version"] == "1"
+    run = asks("runs/get", run_id=version["run_id"])["run"]
+    logged = {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}
+    result = job["result"]
+    assert logged["mean_retention"] == pytest.approx(result["mean_retention"])
+    assert logged["a/accuracy"] == pytest.approx(result["metrics"]["a"]["merged"])
+    assert {param["key"]: param["value"] for param in run["data"]["params"]}["method.name"] == "average"
+    assert run["info"]["status"] == "FINISHED"
+    listed = {file["path"] for file in asks("artifacts/list", run_id=version["run_id"])["files"]}
+    assert {"models", "report.html", "report.json", "README.md", "provenance.json"} <= listed
+    place = version["source"].removeprefix("mlflow-artifacts:/")
+    weights = mlflow.get(f"/api/2.0/mlflow-artifacts/artifacts/{place}/config.json")
+    own = service.get(f"/jobs/{job['id']}/artifacts/models/a/config.json")
+    assert weights.content == own.content
+    for alone in ("mlflow:prod/default-reviews", target):
+        order = Order(
+            folder=service.data_dir / "artifacts" / f"{job['id']}.1",
+            job=job["id"],
+            name=job["name"],
+            tenant="default",
+            accepted=True,
+            targets=[alone],
+            facts={},
+        )
+        again = published(alone, order, Settings(**settings_of(service)))
+        assert (again.outcome, again.versions) == ("unchanged", found["versions"]), again
+    assert len(asks("model-versions/search", filter="name = 'default-reviews-a'")["model_versions"]) == 1
+
+
+def test_a_registry_that_is_away_is_told(service: Service, mlflow: httpx.Client, root: Path) -> None:
+    artifact = next((service.data_dir / "artifacts").iterdir())
+    order = Order(folder=artifact, job="j", name="n", tenant="default", accepted=True, targets=[], facts={})
+    settings = settings_of(service)
+    away = {**settings, "mlflow_servers": {"prod": {"url": f"http://127.0.0.1:{free_port()}"}}}
+    found = published("mlflow:prod/default-x", order, Settings(**away))
+    assert found.error is not None
+    assert (found.error.code, found.error.retryable) == ("unavailable", True)
+    other = {**settings, "mlflow_servers": {"prod": {"url": f"{service.url}"}}}
+    found = published("mlflow:prod/default-x", order, Settings(**other))
+    assert found.error is not None
+    assert found.error.code in ("refused", "denied")
+
+
+def settings_of(service: Service) -> dict[str, Any]:
+    """Return the settings of the service that publishing needs."""
+    found = service.environment
+    return {
+        "publish_targets": found["MASKMERGE_PUBLISH_TARGETS"],
+        "mlflow_servers": json.loads(found["MASKMERGE_MLFLOW_SERVERS"]),
+        "hub_token_file": found["MASKMERGE_HUB_TOKEN_FILE"],
+    }

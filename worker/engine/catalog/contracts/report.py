@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from worker.engine.catalog.contracts.publication import Publication
 from worker.engine.catalog.methods import StatisticName
 from worker.engine.catalog.primitives.paths import Told
 from worker.engine.catalog.primitives.strict import Strict
@@ -306,6 +307,8 @@ class MergeSummary(JobResult):
     for."""
     stopping: Stopping | None = None
     """Present for methods that weight by scores of mask nodes, except with the preset `paper`."""
+    published: list[Publication] = Field(default_factory=list)
+    """What became of each place that `output.publish` names. The artifact is complete whatever became of them."""
 
 
 class MergeResult(MergeSummary):

@@ -1,0 +1,112 @@
+"""`hf:ORG/NAME`: one commit in a repository of the Hugging Face hub, or of the mirror in HF_ENDPOINT."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+
+from app.contracts.settings import Settings
+from app.contracts.targets import Target
+from app.storage.targets.target import NotPublished, Receipt, WholeArtifact, digests_of, quoted, token_in
+from worker.engine.catalog.contracts.report import MANIFEST
+
+CARD = "README.md"
+LOADS = re.compile(r'(\w+)\.from_pretrained\("(model|models/[A-Za-z0-9._-]+)"\)')
+"""The lines of a card that load a model from the artifact's folder."""
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+def publish(target: Target, artifact: WholeArtifact, settings: Settings) -> Receipt:
+    """Make one commit of the artifact, in a repository that is private if it is new.
+
+    A model alone lies at the root of the repository, where libraries look for it; models with heads of their own are
+    in `models/`, as in the artifact. Files of the merge that was there before are removed.
+    """
+    if settings.hub_token_file is None:
+        raise NotPublished("denied", "this service has no token to publish on the hub with (MASKMERGE_HUB_TOKEN_FILE)")
+    repository = target.name
+    with _translated(target):
+        api = HfApi(token=token_in(settings.hub_token_file, "the hub"), library_name="maskmerge")
+        api.create_repo(repository, private=True, exist_ok=True)
+        mark = f"maskmerge job {artifact.job}, content sha256:{artifact.content}"
+        for commit in api.list_repo_commits(repository):
+            if mark in f"{commit.title}\n{commit.message}":
+                return Receipt({repository: commit.commit_id}, _page(api, repository, commit.commit_id), is_new=False)
+        files = {name.removeprefix("model/"): artifact.folder / name for name in artifact.digests}
+        there = set(api.list_repo_files(repository))
+        gone = sorted(_of_earlier_merge(api, repository, there) - files.keys())
+        card = _card((artifact.folder / CARD).read_text(encoding="utf-8"), repository)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, card.encode() if name == CARD else path) for name, path in files.items()),
+            *(CommitOperationDelete(name) for name in gone),
+        ]
+        made = api.create_commit(
+            repository,
+            operations,
+            commit_message=f"Merge {quoted(artifact.name)}",
+            commit_description=mark,
+        )
+        return Receipt({repository: made.oid}, _page(api, repository, made.oid))
+
+
+def _page(api: HfApi, repository: str, commit: str) -> str:
+    return f"{api.endpoint}/{repository}/tree/{commit}"
+
+
+def _of_earlier_merge(api: HfApi, repository: str, there: set[str]) -> set[str]:
+    """Return the files of a merge that the repository has: libraries would read shards and tokenizers that stayed."""
+    weights = {name for name in there if name.endswith(WEIGHTS)}
+    if MANIFEST not in there:
+        return weights
+    with TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repository, MANIFEST, local_dir=folder)
+        try:
+            listed = {name.removeprefix("model/") for name in digests_of(Path(path).read_bytes())}
+        except ValueError:  # some other program's manifest
+            return weights
+    return weights | (listed & there)
+
+
+def _card(text: str, repository: str) -> str:
+    """Return the card with lines that load the models from the repository."""
+
+    def loads(found: re.Match[str]) -> str:
+        where = "" if found[2] == "model" else f', subfolder="{found[2]}"'
+        return f'{found[1]}.from_pretrained("{repository}"{where})'
+
+    text = LOADS.sub(loads, text)
+    return text.replace('SentenceTransformer("model")', f'SentenceTransformer("{repository}")').replace(
+        "`model/` is the merged model", "This is the merged model"
+    )
+
+
+@contextmanager
+def _translated(target: Target) -> Iterator[None]:
+    try:
+        yield
+    except NotPublished:
+        raise
+    except OfflineModeIsEnabled as error:
+        raise NotPublished("refused", "this service is kept from the hub by HF_HUB_OFFLINE") from error
+    except EntryNotFoundError as error:
+        raise NotPublished("unavailable", "the repository was changed meanwhile; try again", retryable=True) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = quoted(error.server_message or "")
+        told = f"the hub answers {status}" + (f": {said}" if said else "")
+        if status in (401, 403, 404):
+            message = f"{told}; the service's token must be allowed to write to {target.name}"
+            raise NotPublished("denied", message) from error
+        if status >= 500 or status in (408, 409, 412, 429):
+            raise NotPublished("unavailable", told, retryable=True) from error
+        raise NotPublished("refused", told) from error
+    except (httpx2.HTTPError, ConnectionError, TimeoutError) as error:
+        message = f"the hub does not answer ({type(error).__name__})"
+        raise NotPublished("unavailable", message, retryable=True) from error
+    except (ValueError, RuntimeError) as error:
+        raise NotPublished("refused", f"the hub does not take it: {quoted(str(error))}") from error
