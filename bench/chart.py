@@ -12,7 +12,7 @@ LONGEST_LABEL = 80
 SPREAD = 8.0
 """Ratio of the longest to the shortest bar beyond which the axis is logarithmic."""
 TEXT, MET, MISSED = "#7f7f7f", "#3d9a63", "#c8682c"  # readable on white and on black
-SETTINGS: Final[Mapping[str, Any]] = {
+SETTINGS: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "maskmerge",  # the same rows give the same bytes
     "font.size": 9,
@@ -31,7 +31,7 @@ def chart(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     labels = [str(row["what"]) for row in bars]
     ratios = [float(row["ratio"]) for row in bars]
-    with matplotlib.rc_context(dict(SETTINGS)):
+    with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(9, 0.6 + 0.24 * len(bars)), layout="constrained")
         axes = figure.subplots()
         places = range(len(bars))
