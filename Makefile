@@ -34,7 +34,7 @@ serve: install  ## the whole service on http://127.0.0.1:8000, its data in .demo
 	@mkdir -p .demo/inputs
 	$(BIN)/maskmerge serve --data-dir .demo/data --local-root .demo/inputs --port 8000
 
-bench: install  ## every bench, and docs/benchmarks.md from them (hours on an idle machine; DATA=folder of tasks)
+bench: tools  ## every bench, and docs/benchmarks.md from them (hours on an idle machine; DATA=folder of tasks)
 	$(BIN)/python bench/every.py $(if $(DATA),--data $(DATA))
 
 lint: tools
