@@ -7,6 +7,8 @@ from typing import Literal
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.conftest import HANGS_S
+
 CHROMIUM = "/usr/bin/chromium"
 QUIET = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -42,6 +44,7 @@ def visit(
     browser: Browser, url: str, *, width: int = 1280, scheme: Literal["light", "dark"] = "light"
 ) -> Iterator[Visit]:
     with browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+        page.set_default_timeout(1000 * HANGS_S)
         seen = Visit(page)
         page.on("request", lambda request: seen.requests.append(request.url))
         page.on("console", lambda message: seen.complaints.append(message.text))
