@@ -12,8 +12,6 @@ from app.contracts.models import MeasuredModelRequest, ModelRequest
 from worker.engine.catalog.contracts.spec import ALIGN_RIDGE, Acceptance
 from worker.engine.catalog.methods import AUTO, METHODS, BaseParameters, MethodParameters
 from worker.engine.catalog.methods.auto import NEED_BASE
-from worker.engine.catalog.methods.parameters import MeasuringParameters
-from worker.engine.catalog.methods.refitting import RefittingParameters
 from worker.engine.catalog.primitives.slices import OutputSlice
 from worker.engine.catalog.primitives.strict import LONGEST_NAME, Strict, did_you_mean
 from worker.engine.catalog.primitives.values import PerTensor, Weight, filters_of, is_ever_negative
@@ -85,11 +83,8 @@ def unread_statistics(method: BaseParameters, index: int, model: ModelRequest) -
 
 def unused_measuring(method: MethodParameters, models: Sequence[ModelRequest]) -> Iterator[InitErrorDetails]:
     """Yield an error for every parameter of measuring, of the method or its start, where files have all statistics."""
-    asked: list[tuple[tuple[str, ...], BaseParameters]] = [(("method", method.name), method)]
-    if isinstance(method, RefittingParameters):
-        asked.append((("method", method.name, "start", method.start.name), method.start))
-    for where, one in asked:
-        if not isinstance(one, MeasuringParameters) or not one.statistics:
+    for place, one in method.as_asked.items():
+        if not one.statistics:
             continue
         if any(model.takes_part and one.is_measured(model.given) for model in models):
             continue
@@ -97,7 +92,7 @@ def unused_measuring(method: MethodParameters, models: Sequence[ModelRequest]) -
             value = getattr(one, name)
             if value != type(one).model_fields[name].default:
                 why = "says how models are measured, and files have the statistics of all of them; leave it out"
-                yield problem((*where, name), why, value)
+                yield problem(("method", method.name, *place, name), why, value)
 
 
 def misfits(method: MethodParameters, models: Sequence[ModelRequest], *, counts: bool = True) -> Iterator[str]:

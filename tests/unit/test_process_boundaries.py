@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy", "sklearn", "jinja2")
+HEAVY = ("torch", "transformers", "datasets", "safetensors", "numpy", "scipy", "sklearn")
 MOST_BYTES = 150_000_000
 
 PROBE = """
@@ -30,4 +30,4 @@ def test_the_api_process_loads_nothing_heavy_and_stays_under_150_mb(tmp_path: Pa
 def test_the_worker_process_itself_loads_nothing_heavy() -> None:
     probe = "import sys, worker.__main__; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     output = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True)
-    assert set(HEAVY).isdisjoint(output.stdout.split())
+    assert {*HEAVY, "jinja2"}.isdisjoint(output.stdout.split())  # pages are drawn by the API and the engine

@@ -45,7 +45,7 @@ def test_what_was_kept_comes_back_by_its_facts_alone(tmp_path: Path) -> None:
             "precision": "bfloat16",
         }
         others |= {"estimator": "expected", "seed": 0, "population": 7, "paper": False}
-        others |= {"settings": "4", "read_as": "ClassificationHead", "hardware": {"device": "cpu"}}
+        others |= {"settings": "4", "read_as": "ClassificationHead", "hardware": {"device": "cpu"}, "piece": "5"}
         assert set(others) == set(Facts.model_fields)
         for name, value in others.items():
             assert store.get(FACTS.model_copy(update={name: value})) is None, name

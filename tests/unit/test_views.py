@@ -46,7 +46,7 @@ def test_a_view_describes_what_the_folder_describes(checkpoint: Path, views: Vie
 
 
 def test_a_view_has_no_file_that_makes_no_checkpoint(checkpoint: Path, views: Views) -> None:
-    for name in ("README.md", "training_args.bin", "other.safetensors", "model.fp16.safetensors", "code.py"):
+    for name in ("NOTES.md", "training_args.bin", "other.safetensors", "model.fp16.safetensors", "code.py"):
         (checkpoint / name).write_text("x")
     names = {file.name for file in view_of(views, checkpoint).iterdir()}
     assert names == {"config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS}

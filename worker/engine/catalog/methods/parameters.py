@@ -160,6 +160,9 @@ class BaseParameters(Strict):
 class MethodParameters(BaseParameters):
     """Parameters common to all methods."""
 
+    measuring: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that say how models are measured, and have no effect where none is."""
+
     scale: PerTensor[Scale] = 1.0
     """Factor of the merge's distance from the base, `theta_0 + scale * (theta - theta_0)`; any but 1 needs a base."""
 
@@ -199,6 +202,11 @@ class MethodParameters(BaseParameters):
     def starts_from(self) -> "MethodParameters | None":
         """The method whose merge is refitted, if layers are, with the values that it shares with this one."""
         return None
+
+    @property
+    def as_asked(self) -> "Mapping[tuple[str, ...], MethodParameters]":
+        """The parameters of this method and of its start, if it has one, by their places in this method's."""
+        return {(): self}
 
     @property
     def counts_scale(self) -> bool:
@@ -295,7 +303,6 @@ class MeasuringParameters(MethodParameters):
     """Parameters of methods that measure every model on its rows."""
 
     measuring: ClassVar[tuple[str, ...]] = ("examples",)
-    """Names of the parameters that say how models are measured, and have no effect where none is."""
 
     examples: Annotated[int, Field(ge=1, le=10_000_000)] | Literal["auto"] = 512
     """Number of rows of each data set that are measured."""

@@ -69,6 +69,10 @@ class RefittingParameters(MeasuringParameters):
         return {"name": start.name, **start.model_dump(mode="json", exclude_unset=True)}
 
     @property
+    def as_asked(self) -> Mapping[tuple[str, ...], MethodParameters]:
+        return {**super().as_asked, ("start", self.start.name): self.start}
+
+    @property
     def starts_from(self) -> MethodParameters:
         found: dict[str, Any] = {"precision": self.precision}
         if isinstance(self.start, MeasuringParameters):
