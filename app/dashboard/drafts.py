@@ -1,5 +1,6 @@
 """What somebody has typed into the form of a new merge, and the recipe that it makes."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,8 +177,10 @@ def problems_of(error: ProblemError) -> list[FieldError]:
 
 
 def _typed(text: str) -> Any:
-    """Return the value of a JSON text, and any other text as it is."""
+    """Return the value of a JSON text, and any other text as it is, as is one of what no page can show."""
     try:
-        return parse_json(text.encode())
-    except NotJson:
+        value = parse_json(text.encode())
+        json.dumps(value, ensure_ascii=False).encode()
+    except (NotJson, UnicodeEncodeError):
         return text
+    return value

@@ -92,7 +92,7 @@ STATISTIC = {
             yield {"mean": torch.tensor(sum(lengths) / len(lengths), dtype=torch.float64)}
 
 
-        PASS = StatisticPass(_measure)
+        PASS = StatisticPass(_measure, lambda subject, rows: subject.facts("row_length", rows))
         """,
 }
 STORE = {

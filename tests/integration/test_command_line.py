@@ -18,7 +18,7 @@ from tests.servers import JOB_ID, STATUS, Answer, Server, job_body, refuses, sen
 
 COMMANDS = {
     "run", "serve", "api", "worker", "settings", "submit", "wait", "status", "list", "logs", "cancel", "retry",
-    "delete", "download", "methods", "scores", "keys",
+    "verify", "delete", "download", "methods", "scores", "keys",
 }  # fmt: skip
 ENDED: dict[str, tuple[dict[str, Any], Exit]] = {
     "succeeded": ({"status": "succeeded"}, Exit.OK),
