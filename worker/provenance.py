@@ -7,8 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from app.contracts.jobs import Record
-from app.contracts.provenance import PROVENANCE, SIGNED_PROVENANCE, statement
+from app.contracts.provenance import PROVENANCE, SIGNED_PROVENANCE, as_manifest, statement
+from app.contracts.targets import Target
 from app.storage.signing_keys import SigningKey
+from app.storage.targets.card import CARD, card_at
 from worker.engine.catalog.contracts.report import MANIFEST
 
 
@@ -27,6 +29,7 @@ def attest(folder: Path, record: Record, key: SigningKey | None) -> None:
         version=version("maskmerge"),
         started=record.core()["started_at"],
         finished=datetime.now(UTC),
+        cards=_cards(folder, record),
     )
     content = json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n"
     written = {PROVENANCE: content}
@@ -37,4 +40,11 @@ def attest(folder: Path, record: Record, key: SigningKey | None) -> None:
         digest = hashlib.sha256(what).hexdigest()
         manifest["files"].append({"name": name, "bytes": len(what), "sha256": digest})
     manifest["files"].sort(key=lambda file: file["name"])
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_bytes(as_manifest(manifest))
+
+
+def _cards(folder: Path, record: Record) -> dict[str, str]:
+    """Return the sha256 of the card that each repository of the hub gets, by the repository's place."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    places = [place for place in record.request["output"].get("publish") or [] if place.startswith("hf:")]
+    return {place: hashlib.sha256(card_at(text, Target.parse(place).name).encode()).hexdigest() for place in places}

@@ -4,6 +4,8 @@ https://slsa.dev/spec/v1.0/provenance, https://github.com/in-toto/attestation/bl
 https://github.com/secure-systems-lab/dsse.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -14,8 +16,9 @@ PROVENANCE = "provenance.json"
 """The statement, as anybody can read it."""
 SIGNED_PROVENANCE = "provenance.intoto.jsonl"
 """The envelope of the same bytes; it is there where the service has a key."""
-UNCOVERED = ("README.md", MANIFEST, PROVENANCE, SIGNED_PROVENANCE)
-"""Files that are no subjects: a card says how it is loaded from where it lies, and the others are about these."""
+CARD = "README.md"
+NO_SUBJECTS = (MANIFEST, PROVENANCE, SIGNED_PROVENANCE)
+"""Files that are no subjects: the provenance is about the others, and the manifest lists the provenance too."""
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
@@ -23,6 +26,8 @@ BUILD_TYPE = "urn:maskmerge:merge:v1"
 BUILDER = "urn:maskmerge:worker"
 CHECKPOINT_DIGEST = "maskmergeCheckpoint"
 """Name of the digest of a checkpoint: sha256 over the names and sha256 of its weight files and configuration."""
+MANIFEST_DIGEST = "maskmergeManifest"
+"""Name of the digest of the manifest: sha256 of the manifest without its entries for the provenance."""
 
 
 def statement(
@@ -34,6 +39,7 @@ def statement(
     version: str,
     started: datetime | None,
     finished: datetime,
+    cards: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the statement of a merge's artifact.
 
@@ -41,8 +47,13 @@ def statement(
         manifest: content of the artifact's manifest.
         recipe: content of its recipe.
         version: version of this service.
+        cards: sha256 of the card as each repository of the hub gets it, by the repository's place.
     """
-    files = [file for file in manifest["files"] if file["name"] not in UNCOVERED]
+    files = [file for file in manifest["files"] if file["name"] not in NO_SUBJECTS]
+    byproducts = [
+        {"name": MANIFEST, "digest": {MANIFEST_DIGEST: manifest_digest(manifest)}},
+        *({"name": CARD, "uri": place, "digest": {"sha256": digest}} for place, digest in cards.items()),
+    ]
     metadata = {"invocationId": f"urn:maskmerge:job:{job}:{attempt}", "finishedOn": _time(finished)}
     if started is not None:
         metadata["startedOn"] = _time(started)
@@ -60,9 +71,21 @@ def statement(
             "runDetails": {
                 "builder": {"id": BUILDER, "version": {"maskmerge": version, **manifest["versions"]}},
                 "metadata": metadata,
+                "byproducts": byproducts,
             },
         },
     }
+
+
+def as_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Return a manifest as it is written."""
+    return json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest without its entries for the provenance."""
+    files = [file for file in manifest["files"] if file["name"] not in NO_SUBJECTS]
+    return hashlib.sha256(as_manifest({**manifest, "files": files})).hexdigest()
 
 
 def _time(time: datetime) -> str:
@@ -110,7 +133,34 @@ def problems(found: object) -> Sequence[str]:
     subjects = found.get("subject")
     if not isinstance(subjects, list) or not subjects or not all(map(_is_subject, subjects)):
         return ["its subjects are no files with their sha256"]
-    return []
+    try:
+        is_list = all(_is_descriptor(found) for found in found["predicate"]["runDetails"].get("byproducts", []))
+    except (KeyError, TypeError, AttributeError):
+        is_list = False
+    return [] if is_list else ["its predicate has no runDetails whose byproducts are files with their digests"]
+
+
+def _is_descriptor(found: object) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("name"), str) and isinstance(found.get("digest"), dict)
+
+
+def subjects_of(statement: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return the sha256 that each file may have, by name: a card has another one in each repository of the hub."""
+    found: dict[str, set[str]] = {}
+    for subject in statement["subject"]:
+        found.setdefault(subject["name"], set()).add(subject["digest"]["sha256"])
+    for card in statement["predicate"]["runDetails"].get("byproducts", []):
+        if card["name"] == CARD and CARD in found:
+            found[CARD].add(card["digest"].get("sha256"))
+    return found
+
+
+def manifest_digest_of(statement: Mapping[str, Any]) -> str | None:
+    """Return the digest of the manifest; None in a statement of a release that had none."""
+    for found in statement["predicate"]["runDetails"].get("byproducts", []):
+        if found["name"] == MANIFEST:
+            return str(found["digest"].get(MANIFEST_DIGEST))
+    return None
 
 
 def _is_subject(subject: object) -> bool:

@@ -67,7 +67,7 @@ class MlflowServer(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\\s]+(/[^?#\\s]*)?$")]
+    url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#\s]*)?$")]
     token_file: Path | None = None
     """File of the bearer token."""
     experiment: Annotated[str, Field(min_length=1, max_length=250)] = "maskmerge"

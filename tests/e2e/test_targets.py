@@ -157,7 +157,7 @@ def test_licences_are_in_result_card_and_manifest(job: dict[str, Any], downloade
 def test_provenance_names_every_file_and_every_input(job: dict[str, Any], downloaded: Path) -> None:
     statement = json.loads((downloaded / "provenance.json").read_text())
     files = {path.relative_to(downloaded).as_posix() for path in downloaded.rglob("*") if path.is_file()}
-    documents = {"README.md", "manifest.json", "provenance.json", "provenance.intoto.jsonl"}
+    documents = {"manifest.json", "provenance.json", "provenance.intoto.jsonl"}
     assert {subject["name"] for subject in statement["subject"]} == files - documents
     definition = statement["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["recipe"] == json.loads((downloaded / "recipe.json").read_text())

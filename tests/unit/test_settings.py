@@ -9,7 +9,7 @@ from textwrap import indent
 import pytest
 
 from app.cli import main
-from app.contracts.settings import Settings
+from app.contracts.settings import MlflowServer, Settings
 from app.embedded_redis import EmbeddedRedis, find_server
 
 
@@ -25,6 +25,19 @@ def test_the_prefix_of_keys_is_the_name_of_the_queue_unless_it_is_set() -> None:
     assert Settings().prefix == Settings().queue == "maskmerge"
     assert Settings(queue="gpu").prefix == "gpu"
     assert Settings(queue="gpu", key_prefix="records").prefix == "records"
+
+
+@pytest.mark.parametrize("url", ["https://mlflow.services.org", "http://mlflow:5000/base/s"])
+def test_addresses_of_mlflow_may_have_any_letter(url: str) -> None:
+    assert MlflowServer(url=url).url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["https://a b.org", "https://u@a.org", "https://a.org/?x", "https://a.org/#x", "ftp://a"]
+)
+def test_addresses_of_mlflow_have_no_blanks_users_or_queries(url: str) -> None:
+    with pytest.raises(ValueError, match="url"):
+        MlflowServer(url=url)
 
 
 def test_settings_prints_every_setting_and_masks_secrets(

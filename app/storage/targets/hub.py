@@ -1,6 +1,5 @@
 """`hf:ORG/NAME`: one commit in a repository of the Hugging Face hub, or of the mirror in HF_ENDPOINT."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineMo
 
 from app.contracts.settings import Settings
 from app.contracts.targets import Target
+from app.storage.targets.card import CARD, card_at
 from app.storage.targets.target import NotPublished, Receipt, WholeArtifact, digests_of, quoted, token_in
 from worker.engine.catalog.contracts.report import MANIFEST
 
-CARD = "README.md"
-LOADS = re.compile(r'(\w+)\.from_pretrained\("(model|models/[A-Za-z0-9._-]+)"\)')
-"""The lines of a card that load a model from the artifact's folder."""
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
@@ -40,7 +37,7 @@ def publish(target: Target, artifact: WholeArtifact, settings: Settings) -> Rece
         files = {name.removeprefix("model/"): artifact.folder / name for name in artifact.digests}
         there = set(api.list_repo_files(repository))
         gone = sorted(_of_earlier_merge(api, repository, there) - files.keys())
-        card = _card((artifact.folder / CARD).read_text(encoding="utf-8"), repository)
+        card = card_at((artifact.folder / CARD).read_text(encoding="utf-8"), repository)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, card.encode() if name == CARD else path) for name, path in files.items()),
             *(CommitOperationDelete(name) for name in gone),
@@ -70,19 +67,6 @@ def _of_earlier_merge(api: HfApi, repository: str, there: set[str]) -> set[str]:
         except ValueError:  # some other program's manifest
             return weights
     return weights | (listed & there)
-
-
-def _card(text: str, repository: str) -> str:
-    """Return the card with lines that load the models from the repository."""
-
-    def loads(found: re.Match[str]) -> str:
-        where = "" if found[2] == "model" else f', subfolder="{found[2]}"'
-        return f'{found[1]}.from_pretrained("{repository}"{where})'
-
-    text = LOADS.sub(loads, text)
-    return text.replace('SentenceTransformer("model")', f'SentenceTransformer("{repository}")').replace(
-        "`model/` is the merged model", "This is the merged model"
-    )
 
 
 @contextmanager
