@@ -42,7 +42,10 @@ class Order(BaseModel):
 
 def published(text: str, order: Order, settings: Settings) -> Publication:
     """Publish at one place, which is tried again while it does not answer."""
-    target = Target.parse(text)
+    try:
+        target = Target.parse(text)
+    except ValueError as error:  # a request of an earlier release
+        return _failed(text, NotPublished("refused", str(error)))
     artifact = WholeArtifact(order.folder, order.job, order.name, order.accepted)
     for place in (target, *_written_to(target, artifact)):
         why = refusal(place, order.tenant, settings)

@@ -23,6 +23,7 @@ from app.contracts.addresses import as_address
 from app.contracts.api_keys import Tenant
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
 from app.contracts.object_storage import Location, ObjectStorage
+from app.contracts.patterns import checked_target, overlaps
 
 SEPARATORS = {
     "local_roots": ":",
@@ -33,6 +34,8 @@ SEPARATORS = {
     "publish_targets": ",",
 }
 """Between the parts of a variable's value."""
+NO_FOLDERS = ("s3", "hf", "http", "https", "local", "job", "upload", "mlflow")
+"""Schemes of references and addresses, with which the text before a colon is no folder."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 OBJECTS = {
     "tenant_limits": '{"search": {"active_jobs": 4}}',
@@ -192,7 +195,8 @@ class Settings(BaseSettings):
     """Least time between two `job.progress` of a job."""
     publish_targets: Annotated[tuple[str, ...], NoDecode] = ()
     """Places that requests may publish merges at, separated by commas, where `*` stands for any text, as `hf:acme/*` or
-    `mlflow:prod/*`. `{tenant}` stands for the name of the request's tenant. None when not set."""
+    `mlflow:prod/*`. `{tenant}` stands for the name of the request's tenant; it ends the pattern or is followed by `/`,
+    `.` or `_`, and no `*` comes before it. None when not set."""
     hub_token_file: Path | None = None
     """File of the token with which merges are published on the hub, which needs the right to write. HF_TOKEN is for
     reading inputs, and never publishes."""
@@ -251,17 +255,37 @@ class Settings(BaseSettings):
             Location.parse(place.replace("{tenant}", "tenant"))
         return stripped
 
+    @field_validator("local_roots")
+    @classmethod
+    def _are_folders(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        for root in roots:
+            if str(root) in NO_FOLDERS:
+                raise ValueError(
+                    f"'{root}:' is no folder, and colons separate them; buckets are named in MASKMERGE_S3_BUCKETS. "
+                    f"Write the absolute path of a folder that is named {root}"
+                )
+        return roots
+
+    @field_validator("publish_targets")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_target(pattern.strip()) for pattern in patterns)
+
     @model_validator(mode="after")
     def _artifacts_are_apart(self) -> "Settings":
         store, _, place = self.artifact_store.partition(":")
-        if store == "s3":
-            artifacts = Location.parse(place)
-            for bucket in self.s3_buckets:
-                readable = Location.parse(bucket.partition("{")[0].removesuffix("/"))
-                if readable.covers(artifacts) or artifacts.covers(readable):
-                    raise ValueError(
-                        f"artifacts in s3:{place} could be read as inputs by MASKMERGE_S3_BUCKETS={bucket}"
-                    )
+        if store != "s3":
+            return self
+        artifacts = str(Location.parse(place)).removeprefix("s3:").removesuffix("/")
+        for bucket in self.s3_buckets:
+            if overlaps(bucket, artifacts):
+                raise ValueError(f"artifacts in s3:{place} could be read as inputs by MASKMERGE_S3_BUCKETS={bucket}")
+        for pattern in self.publish_targets:
+            if pattern.startswith("s3:") and overlaps(pattern.removeprefix("s3:"), artifacts):
+                raise ValueError(
+                    f"artifacts in s3:{place} could be written to by MASKMERGE_PUBLISH_TARGETS={pattern}; name another "
+                    "bucket or prefix in one of them"
+                )
         return self
 
     @field_validator("s3_endpoint", "s3_public_endpoint")

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from app.contracts.object_storage import Location
+
 HUB = re.compile(r"hf:(?P<name>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?P<at>)", re.ASCII)
 MLFLOW = re.compile(
     r"mlflow:(?P<name>[A-Za-z0-9][A-Za-z0-9_-]{0,63}/[A-Za-z0-9][A-Za-z0-9._-]{0,99})(@(?P<at>[A-Za-z][\w-]{0,99}))?",
@@ -17,7 +19,7 @@ MOST_TARGETS = 8
 class Target:
     scheme: str
     name: str
-    """The repository, or the server and the registered model."""
+    """The repository, the server and the registered model, or the bucket and the prefix without a slash at its end."""
     at: str | None
     """The alias that the version of a registered model gets."""
 
@@ -36,4 +38,11 @@ class Target:
         found = pattern.fullmatch(text)
         if found is None or ".." in text:
             raise ValueError(f"'{text[:100]}' is no place to publish at; write {form}")
-        return cls(scheme, found["name"], found["at"] or None)
+        name = found["name"]
+        if scheme == "s3":
+            try:
+                place = Location.parse(name)
+            except ValueError as error:
+                raise ValueError(f"'{text[:100]}' is no place to publish at: {error}; write {form}") from error
+            name = f"{place.bucket}/{place.key}"
+        return cls(scheme, name, found["at"] or None)

@@ -119,7 +119,7 @@ def service(root: Path, tiny_inputs: Path, public_key: Path, hub: WritableHub, m
         HF_HOME=str(root / "hf"),
         HF_TOKEN=hub.token,
         MASKMERGE_SIGNING_KEY=str(public_key.with_suffix(".pem")),
-        MASKMERGE_PUBLISH_TARGETS="hf:acme/*,hf:other/*,mlflow:prod/{tenant}-*",
+        MASKMERGE_PUBLISH_TARGETS="hf:acme/*,hf:other/*,mlflow:prod/{tenant}_*",
         MASKMERGE_HUB_TOKEN_FILE=str(root / "hub.token"),
         MASKMERGE_MLFLOW_SERVERS=json.dumps(servers),
     )
@@ -327,12 +327,16 @@ def test_without_a_token_of_its_own_nothing_is_published(
 
 
 def test_a_later_merge_replaces_the_files_of_the_one_before(service: Service, hub: WritableHub) -> None:
+    foreign = hub.written("acme/again") / "checkpoint-500" / "model.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"somebody's")
     recipe = publishing("hf:acme/again")
     recipe["models"] = [{**model, "name": f"{model['name']}2"} for model in recipe["models"]]
     job = service.finished(service.submit(recipe))
     assert job["result"]["published"][0]["outcome"] == "published"
     models = {path.name for path in (hub.written("acme/again") / "models").iterdir() if any(path.iterdir())}
     assert models == {"a2", "b2"}
+    assert (hub.written("acme/again") / "checkpoint-500" / "model.safetensors").read_bytes() == b"somebody's"
 
 
 def test_a_place_that_fails_loses_no_artifact(
@@ -352,7 +356,7 @@ def test_a_place_that_fails_loses_no_artifact(
 
 
 def test_what_is_not_accepted_is_published_nowhere(service: Service, hub: WritableHub) -> None:
-    asked = publishing("hf:acme/not-accepted", "mlflow:prod/default-x@champion", accept={"min_mean_retention": 2})
+    asked = publishing("hf:acme/not-accepted", "mlflow:prod/default_x@champion", accept={"min_mean_retention": 2})
     job = service.finished(service.submit(asked))
     assert [found["outcome"] for found in job["result"]["published"]] == ["withheld", "withheld"]
     assert job["result"]["notes"][0].startswith("the merge is not accepted")
@@ -363,9 +367,9 @@ def test_what_is_not_accepted_is_published_nowhere(service: Service, hub: Writab
     ("target", "says"),
     [
         ("hf:elsewhere/x", "MASKMERGE_PUBLISH_TARGETS"),
-        ("mlflow:prod/somebody-x", "MASKMERGE_PUBLISH_TARGETS"),
-        ("mlflow:other/default-x", "MASKMERGE_PUBLISH_TARGETS"),
-        ("mlflow:prod/default-x@champion", "state accept"),
+        ("mlflow:prod/somebody_x", "MASKMERGE_PUBLISH_TARGETS"),
+        ("mlflow:other/default_x", "MASKMERGE_PUBLISH_TARGETS"),
+        ("mlflow:prod/default_x@champion", "state accept"),
         ("http://127.0.0.1/x", "no place to publish at"),
         ("mlflow:http://127.0.0.1:1/x", "no place to publish at"),
         ("hf:acme/../x", "no place to publish at"),
@@ -396,17 +400,17 @@ def test_a_cancelled_job_stops_publishing(service: Service, hub: WritableHub) ->
 
 
 def test_a_registry_gets_versions_metrics_and_the_alias(service: Service, mlflow: httpx.Client) -> None:
-    target = "mlflow:prod/default-reviews@champion"
+    target = "mlflow:prod/default_reviews@champion"
     job = service.finished(service.submit(publishing(target, accept={"min_mean_retention": 0})))
     [found] = job["result"]["published"]
     assert (found["outcome"], found["versions"]) == (
-        "published", {"default-reviews-a": "1", "default-reviews-b": "1"},
+        "published", {"default_reviews-a": "1", "default_reviews-b": "1"},
     ), found  # fmt: skip
 
     def asks(path: str, **parameters: str) -> Any:
         return mlflow.get(f"/api/2.0/mlflow/{path}", params=parameters).raise_for_status().json()
 
-    version = asks("registered-models/alias", name="default-reviews-a", alias="champion")["model_version"]
+    version = asks("registered-models/alias", name="default_reviews-a", alias="champion")["model_version"]
     assert version["version"] == "1"
     run = asks("runs/get", run_id=version["run_id"])["run"]
     logged = {metric["key"]: metric["value"] for metric in run["data"]["metrics"]}
@@ -421,7 +425,7 @@ def test_a_registry_gets_versions_metrics_and_the_alias(service: Service, mlflow
     weights = mlflow.get(f"/api/2.0/mlflow-artifacts/artifacts/{place}/config.json")
     own = service.get(f"/jobs/{job['id']}/artifacts/models/a/config.json")
     assert weights.content == own.content
-    for alone in ("mlflow:prod/default-reviews", target):
+    for alone in ("mlflow:prod/default_reviews", target):
         order = Order(
             folder=service.data_dir / "artifacts" / f"{job['id']}.1",
             job=job["id"],
@@ -433,7 +437,7 @@ def test_a_registry_gets_versions_metrics_and_the_alias(service: Service, mlflow
         )
         again = published(alone, order, Settings(**settings_of(service)))
         assert (again.outcome, again.versions) == ("unchanged", found["versions"]), again
-    assert len(asks("model-versions/search", filter="name = 'default-reviews-a'")["model_versions"]) == 1
+    assert len(asks("model-versions/search", filter="name = 'default_reviews-a'")["model_versions"]) == 1
 
 
 def test_a_registry_that_is_away_is_told(service: Service, mlflow: httpx.Client, root: Path) -> None:
@@ -441,11 +445,11 @@ def test_a_registry_that_is_away_is_told(service: Service, mlflow: httpx.Client,
     order = Order(folder=artifact, job="j", name="n", tenant="default", accepted=True, targets=[], facts={})
     settings = settings_of(service)
     away = {**settings, "mlflow_servers": {"prod": {"url": f"http://127.0.0.1:{free_port()}"}}}
-    found = published("mlflow:prod/default-x", order, Settings(**away))
+    found = published("mlflow:prod/default_x", order, Settings(**away))
     assert found.error is not None
     assert (found.error.code, found.error.retryable) == ("unavailable", True)
     other = {**settings, "mlflow_servers": {"prod": {"url": f"{service.url}"}}}
-    found = published("mlflow:prod/default-x", order, Settings(**other))
+    found = published("mlflow:prod/default_x", order, Settings(**other))
     assert found.error is not None
     assert found.error.code in ("refused", "denied")
 

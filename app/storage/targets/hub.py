@@ -1,8 +1,9 @@
 """`hf:ORG/NAME`: one commit in a repository of the Hugging Face hub, or of the mirror in HF_ENDPOINT."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 import httpx2
@@ -16,6 +17,10 @@ from app.storage.targets.target import NotPublished, Receipt, WholeArtifact, dig
 from worker.engine.catalog.contracts.report import MANIFEST
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
+ADAPTER = "adapter_config.json"
+"""File with which transformers adds an adapter to the model beside it."""
+OF_MERGES = {"files", "inputs", "method", "versions"}
+"""Fields that the manifest of every merge has."""
 
 
 def publish(target: Target, artifact: WholeArtifact, settings: Settings) -> Receipt:
@@ -36,7 +41,7 @@ def publish(target: Target, artifact: WholeArtifact, settings: Settings) -> Rece
                 return Receipt({repository: commit.commit_id}, _page(api, repository, commit.commit_id), is_new=False)
         files = {name.removeprefix("model/"): artifact.folder / name for name in artifact.digests}
         there = set(api.list_repo_files(repository))
-        gone = sorted(_of_earlier_merge(api, repository, there) - files.keys())
+        gone = sorted(removed(there, _earlier_merge(api, repository, there), files.keys()))
         card = card_at((artifact.folder / CARD).read_text(encoding="utf-8"), repository)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, card.encode() if name == CARD else path) for name, path in files.items()),
@@ -55,18 +60,45 @@ def _page(api: HfApi, repository: str, commit: str) -> str:
     return f"{api.endpoint}/{repository}/tree/{commit}"
 
 
-def _of_earlier_merge(api: HfApi, repository: str, there: set[str]) -> set[str]:
-    """Return the files of a merge that the repository has: libraries would read shards and tokenizers that stayed."""
-    weights = {name for name in there if name.endswith(WEIGHTS)}
+def _earlier_merge(api: HfApi, repository: str, there: Set[str]) -> set[str]:
+    """Return the files that the manifest of the merge that was there before names; none where there was no merge."""
     if MANIFEST not in there:
-        return weights
+        return set()
     with TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repository, MANIFEST, local_dir=folder)
-        try:
-            listed = {name.removeprefix("model/") for name in digests_of(Path(path).read_bytes())}
-        except ValueError:  # some other program's manifest
-            return weights
-    return weights | (listed & there)
+        content = Path(api.hf_hub_download(repository, MANIFEST, local_dir=folder)).read_bytes()
+    try:
+        listed = digests_of(content)
+    except ValueError:
+        return set()
+    is_merge = json.loads(content).keys() >= OF_MERGES  # other programs have manifests too
+    return {name.removeprefix("model/") for name in listed} if is_merge else set()
+
+
+def removed(there: Set[str], earlier: Set[str], files: Set[str]) -> set[str]:
+    """Return the files that a commit removes: those of the merge before which this one does not have.
+
+    Args:
+        there: files of the repository.
+        earlier: files of the merge before.
+        files: files of this merge.
+
+    Raises:
+        NotPublished: beside this merge's models there would be weights of something else. Libraries would load these,
+            or a mixture, and the service removes nothing that it did not publish.
+    """
+    folders = {str(PurePosixPath(name).parent) for name in files if name.endswith(WEIGHTS)}
+    foreign = sorted(
+        name
+        for name in there - earlier - files
+        if name.endswith((*WEIGHTS, ADAPTER)) and str(PurePosixPath(name).parent) in folders
+    )
+    if foreign:
+        raise NotPublished(
+            "refused",
+            f"the repository has weights that are of no merge where this one goes ({', '.join(foreign[:3])}), which "
+            "libraries would load with it; move or remove them, or name another repository",
+        )
+    return set((there & earlier) - files)
 
 
 @contextmanager

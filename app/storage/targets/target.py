@@ -81,7 +81,7 @@ def digests_of(manifest: bytes) -> dict[str, str]:
     """Return the sha256 of every file that a manifest lists, by name. Raises ValueError where it is no manifest."""
     try:
         return {str(file["name"]): str(file["sha256"]) for file in json.loads(manifest)["files"]}
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RecursionError) as error:
         raise ValueError("it is no manifest") from error
 
 
