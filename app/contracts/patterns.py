@@ -40,6 +40,22 @@ def checked_target(pattern: str) -> str:
     return pattern
 
 
+def check_together(patterns: Sequence[str]) -> None:
+    """Raise ValueError where one tenant's place by a pattern may be another tenant's by another pattern."""
+    heads = {pattern.partition(PLACEHOLDER)[0]: pattern for pattern in patterns if PLACEHOLDER in pattern}
+    for shorter, one in heads.items():
+        for longer, other in heads.items():
+            between = longer.removeprefix(shorter)
+            if longer == shorter or not longer.startswith(shorter):
+                continue
+            start = re.split(r"[/._]", between)[0]
+            if re.fullmatch(TENANT, start):
+                raise ValueError(
+                    f"'{one}' and '{other}' let tenants publish at each other's places: a tenant's name may be or "
+                    f"begin with '{start}'; name another place in one of them"
+                )
+
+
 def overlaps(pattern: str, place: str) -> bool:
     """Return whether a place that the pattern names, for any tenant, is the given one, above it or below it.
 

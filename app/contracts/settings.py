@@ -23,7 +23,7 @@ from app.contracts.addresses import as_address
 from app.contracts.api_keys import Tenant
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY, MAX_BODY_BYTES, Limits, TenantLimits
 from app.contracts.object_storage import Location, ObjectStorage
-from app.contracts.patterns import checked_target, overlaps
+from app.contracts.patterns import check_together, checked_target, overlaps
 
 SEPARATORS = {
     "local_roots": ":",
@@ -269,7 +269,9 @@ class Settings(BaseSettings):
     @field_validator("publish_targets")
     @classmethod
     def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(checked_target(pattern.strip()) for pattern in patterns)
+        checked = tuple(checked_target(pattern.strip()) for pattern in patterns)
+        check_together(checked)
+        return checked
 
     @model_validator(mode="after")
     def _artifacts_are_apart(self) -> "Settings":

@@ -37,11 +37,12 @@ def test_a_slash_at_the_end_makes_no_other_place() -> None:
         ("s3:models/{tenant}/*", "s3:models/{}/x"),
         ("hf:team-{tenant}/*", "hf:team-{}/x"),
         ("hf:acme/{tenant}.*", "hf:acme/{}.x"),
+        ("s3:models/_/{tenant}/*,s3:models/{tenant},s3:other/{tenant}/*", "s3:models/{}"),
     ],
 )
 def test_a_pattern_keeps_tenants_apart(pattern: str, own: str) -> None:
     settings = Settings(
-        publish_targets=(pattern,), hub_token_file="token", mlflow_servers={"prod": {"url": "https://mlflow.org"}}
+        publish_targets=pattern, hub_token_file="token", mlflow_servers={"prod": {"url": "https://mlflow.org"}}
     )
     for tenant in ("acme", "acme-eu", "eu"):
         may = [of for of in ("acme", "acme-eu", "eu") if not refusal(Target.parse(own.format(of)), tenant, settings)]
@@ -54,6 +55,8 @@ def test_a_pattern_keeps_tenants_apart(pattern: str, own: str) -> None:
         ({"publish_targets": "mlflow:prod/{tenant}-*"}, "lets tenants publish at each other's places"),
         ({"publish_targets": "mlflow:prod/{tenant}*"}, "lets tenants publish at each other's places"),
         ({"publish_targets": "hf:acme/*-{tenant}"}, "no \\* may come before"),
+        ({"publish_targets": "s3:m-1/{tenant}/*,s3:m-1/eu-{tenant}/*"}, "may be or begin with 'eu-'"),
+        ({"publish_targets": "s3:m-1/eu/{tenant}/*,s3:m-1/{tenant}/*"}, "let tenants publish at each other's places"),
         ({"publish_targets": "foo"}, "matches no place"),
         ({"publish_targets": "hf:"}, "matches no place"),
         ({"publish_targets": "hf:acme"}, "is no place to publish at"),
