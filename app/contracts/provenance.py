@@ -151,7 +151,7 @@ def subjects_of(statement: Mapping[str, Any]) -> dict[str, set[str]]:
         found.setdefault(subject["name"], set()).add(subject["digest"]["sha256"])
     for card in statement["predicate"]["runDetails"].get("byproducts", []):
         if card["name"] == CARD and CARD in found:
-            found[CARD].add(card["digest"].get("sha256"))
+            found[CARD].add(str(card["digest"].get("sha256")))
     return found
 
 

@@ -138,6 +138,15 @@ def test_what_cannot_be_read_is_refused(
         assert "Traceback" not in text
 
 
+@pytest.mark.parametrize("byproducts", [None, 5, [[]], [{"name": "README.md", "digest": {"sha256": []}}]])
+def test_a_malformed_statement_is_refused(artifact: Path, byproducts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    statement = json.loads((artifact / "provenance.json").read_text())
+    statement["predicate"]["runDetails"]["byproducts"] = byproducts
+    replace("README.md", "AutoModel", "Evil")(artifact)
+    (artifact / "provenance.json").write_text(json.dumps(statement))
+    assert told(artifact, None, capsys)[0] == Exit.ERROR
+
+
 def test_a_folder_of_two_layouts_is_none_of_them(
     artifact: Path, public_key: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
