@@ -53,7 +53,7 @@ def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None
     result = job["result"]
     assert set(result) == {
         "models", "metrics", "mean_retention", "min_retention", "method", "candidates", "accepted", "search",
-        "stopping", "timings", "peak_memory_bytes", "device", "notes",
+        "stopping", "timings", "peak_memory_bytes", "device", "notes", "published",
     }  # fmt: skip
     assert [model["name"] for model in result["models"]] == ["a", "b"]
     assert sum(model["weight_share"] for model in result["models"]) == pytest.approx(1)
