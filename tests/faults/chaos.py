@@ -289,6 +289,7 @@ def run(
     rng = random.Random(seed)
     order: list[str] = []
     settings = {"lease_seconds": f"{LEASE_S:g}", "heartbeat_seconds": f"{LEASE_S:g}", "max_losses": "1000"}
+    settings["threads"] = "1"  # bits depend on their number, and the remote worker would take all cores
     settings["min_free_bytes"] = "0"  # jobs should meet the full disk, instead of being refused before
     with ExitStack() as stack:
         data = stack.enter_context(small_disk(folder / "data")) if "disk is full" in names else None
