@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed package lies; it is not imported, since these would pull in far more than files."""
+    """Return the folder of an installed package, which is not imported, since it would pull in far more than files."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"package missing: pip install --no-deps {name}", name=name)

@@ -75,7 +75,7 @@ class Text(BaseModel):
 
 
 class Inputs(BaseModel):
-    """Where the inputs of a question lie, and what reading them may take."""
+    """Folders in which the inputs of a question lie, and the limits of reading them."""
 
     local_roots: tuple[Path, ...]
     data_dir: Path
