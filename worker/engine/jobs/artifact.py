@@ -83,7 +83,7 @@ def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: ScoresBy
 
 def _write_report(spec: JobSpec, result: JobResult, found: Contents, page: str, **more: object) -> None:
     write_json(spec.folder / "recipe.json", spec.recipe)
-    report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET})
+    report = result.model_dump(mode="json", exclude={"timings": NOT_KNOWN_YET, "published": True})
     write_json(spec.folder / "report.json", {"name": spec.name, **more, **report, **found.model_dump(mode="json")})
     (spec.folder / "report.html").write_text(page, encoding="utf-8")
 
