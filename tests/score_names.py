@@ -29,4 +29,5 @@ def assert_same_in_norm(found: Mapping[ScoreName, Tensor], expected: Mapping[Sco
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         assert float(scores.norm()) > 0, name
-        assert float((found[name] - scores).norm() / scores.norm()) <= within, name
+        error = float((found[name] - scores).norm() / scores.norm())
+        assert error <= within, f"{name}: {error}"

@@ -312,6 +312,8 @@ def serve(requests: BinaryIO, events: int) -> None:
     # Nothing that is imported will become garbage. Looking for garbage takes a tenth of the time of importing, and in
     # jobs a tenth of a second now and then.
     gc.disable()
+    # transformers imports accelerate, and that boto3 and more, where they are installed: seconds for nothing that is used.
+    sys.modules["accelerate"] = None  # type: ignore[assignment]  # to `import` and `find_spec`, it is not installed
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -307,8 +307,8 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "unknown format": (
         changed(models__0__dataset__source="local:rows/rows.xlsx"), 422, "invalid_dataset", [".csv, .tsv, .parquet"],
     ),
-    "object storage to come": (
-        changed(models__0__checkpoint="s3:bucket/a"), 422, "not_available", ["models.0.checkpoint"],
+    "object storage that no setting names": (
+        changed(models__0__checkpoint="s3:bucket/a"), 422, "invalid_request", ["models.0.checkpoint"],
     ),
     "metric of another task": (
         changed(models__0__evaluation__metric="pearson"), 422, "invalid_dataset", ["pearson", "accuracy"],
