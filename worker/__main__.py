@@ -31,7 +31,6 @@ from app.storage.keys import Keys
 from app.storage.queue import TaskQueue
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
-from app.storage.signing_keys import SigningKey
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
 from app.storage.tenants import roots_of, statistics_of, statistics_of_others
@@ -134,7 +133,11 @@ def run(settings: Settings) -> int:
         return 2
     try:
         artifacts = open_artifacts(settings.artifact_store, settings.data_dir, settings.object_storage)
-        signing_key = SigningKey(settings.signing_key) if settings.signing_key else None
+        signing_key = None
+        if settings.signing_key:
+            from app.storage.signing_keys import SigningKey
+
+            signing_key = SigningKey(settings.signing_key)
     except ValueError as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 2

@@ -5,16 +5,19 @@ import json
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.contracts.jobs import Record
 from app.contracts.provenance import PROVENANCE, SIGNED_PROVENANCE, as_manifest, statement
 from app.contracts.targets import Target
-from app.storage.signing_keys import SigningKey
 from app.storage.targets.card import CARD, card_at
 from worker.engine.catalog.contracts.report import MANIFEST
 
+if TYPE_CHECKING:
+    from app.storage.signing_keys import SigningKey
 
-def attest(folder: Path, record: Record, key: SigningKey | None) -> None:
+
+def attest(folder: Path, record: Record, key: "SigningKey | None") -> None:
     """Write the provenance of a complete artifact beside its files, and list it in the manifest.
 
     Args:

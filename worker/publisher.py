@@ -8,9 +8,6 @@ import logging
 import os
 import sys
 import time
-from pathlib import Path
-
-from pydantic import BaseModel
 
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
@@ -22,22 +19,11 @@ from app.storage.targets.mlflow import registered_models
 from app.storage.targets.target import NotPublished, WholeArtifact
 from worker.engine.catalog.contracts.publication import Publication, PublicationError
 from worker.engine.catalog.primitives.paths import hide
+from worker.publishing import Order
 
 PAUSES_S = (1.0, 5.0)  # between tries of a place that does not answer
 
 logger = logging.getLogger("worker.publisher")
-
-
-class Order(BaseModel):
-    folder: Path
-    """Folder of the complete artifact."""
-    job: str
-    name: str
-    tenant: str
-    accepted: bool | None
-    targets: list[str]
-    facts: dict[str, str | int]
-    """Facts that the lines of the log have."""
 
 
 def published(text: str, order: Order, settings: Settings) -> Publication:

@@ -9,17 +9,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from pydantic import BaseModel
+
 from app.contracts.jobs import PhaseName, Progress, Record
 from app.contracts.requests import MergeRequest
 from app.observability.context import facts
 from worker.engine.catalog.contracts.publication import Publication, PublicationError
 from worker.engine.catalog.contracts.report import MergeResult
-from worker.publisher import Order
 
 SECRETS = ("MASKMERGE_REDIS_URL", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
 """Variables that the publisher does not get: it has tokens of its own."""
 READ_BYTES = 1 << 16
 ALMOST = 0.999  # the share of the job that is done by then
+
+
+class Order(BaseModel):
+    """What the publisher is told, by its stdin."""
+
+    folder: Path
+    """Folder of the complete artifact."""
+    job: str
+    name: str
+    tenant: str
+    accepted: bool | None
+    targets: list[str]
+    facts: dict[str, str | int]
+    """Facts that the lines of the log have."""
 
 
 Keep = Callable[[Progress], None]

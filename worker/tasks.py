@@ -10,7 +10,7 @@ from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -35,7 +35,6 @@ from app.storage.jobs import JobStore
 from app.storage.objects.errors import StorageAway
 from app.storage.queue import WORK
 from app.storage.searches import SearchFolder
-from app.storage.signing_keys import SigningKey
 from app.storage.sources import Sources
 from app.storage.sources.source import FetchedInput, InputKind, SourceUnavailable
 from app.storage.tasks import CutScoring, NewShard, ScoringPhase
@@ -65,6 +64,9 @@ from worker.provenance import attest
 from worker.publishing import with_publications
 from worker.specs import Inputs, checkpoints_of, job_spec, phases_of, shard_spec
 from worker.trace import AttemptTrace
+
+if TYPE_CHECKING:  # cryptography is loaded where there is a key
+    from app.storage.signing_keys import SigningKey
 
 TICK_S = 0.2  # a stop, a lost lease or a finished job is noticed within this time
 RECORD_INTERVAL_S = 0.5  # twice a second is as fast as a person reads
@@ -112,7 +114,7 @@ class Storage:
     of_tenant: Callable[[str], TenantStorage]
     artifacts: ArtifactStore
     searches: SearchFolder
-    signing_key: SigningKey | None = None
+    signing_key: "SigningKey | None" = None
     """The key that signs the provenance of artifacts."""
     publish_seconds: float = 3600
     """Time for publishing an artifact at further places."""

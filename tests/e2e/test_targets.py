@@ -28,7 +28,8 @@ from app.contracts.provenance import CHECKPOINT_DIGEST
 from app.contracts.settings import Settings
 from tests.conftest import Service, assert_problem, free_port, make_service, tiny_recipe, wait_until
 from tests.writable_hub import WritableHub
-from worker.publisher import Order, published
+from worker.publisher import published
+from worker.publishing import Order
 
 REPOSITORY = Path(__file__).parents[2]
 MLFLOW_TOKEN = "mlflow_secret_of_the_tests"

@@ -13,7 +13,8 @@ from app.storage.objects.bucket import Patience
 from tests.conftest import free_port
 from tests.object_storage.server import KEYS, ObjectServer, moto
 from worker.engine.catalog.contracts.publication import Publication
-from worker.publisher import Order, published
+from worker.publisher import published
+from worker.publishing import Order
 
 FILES = {"model/model.safetensors": b"w" * 3000, "model/config.json": b"{}", "README.md": b"card", "report.json": b"{}"}
 
