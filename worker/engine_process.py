@@ -312,7 +312,7 @@ def serve(requests: BinaryIO, events: int) -> None:
     # Nothing that is imported will become garbage. Looking for garbage takes a tenth of the time of importing, and in
     # jobs a tenth of a second now and then.
     gc.disable()
-    # Where accelerate is installed, transformers imports it, and that boto3 and more: a second for nothing that is used.
+    # Where accelerate is installed, transformers imports it, and that boto3 and more: a second for what nobody uses.
     sys.modules["accelerate"] = None  # type: ignore[assignment]  # to `import` and `find_spec`, it is not installed
     import torch
 
