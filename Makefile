@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install --no-compile --disable-pip-version-check -c constr
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo serve bench browser test lint docs site clean
+.PHONY: help install tools demo serve bench browser test test-long lint docs site clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -55,8 +55,13 @@ browser: /usr/bin/chromium  ## install the browser that tests drive
 
 # Three at once, since much of the time goes into waiting for services to start, to be killed and to recover; in the
 # order that conftest.py gives the files, rather than by how many tests they have.
-test: tools browser lint  ## linters, types, import contracts and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test: tools browser lint  ## linters, types, import contracts, and all tests but the long ones
+	$(PYTEST) -m "not long"
+
+test-long: tools browser  ## every test, before a release
+	$(PYTEST)
 
 docs: tools  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py

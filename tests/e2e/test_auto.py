@@ -177,6 +177,7 @@ def lose_twice(service: Service) -> tuple[Job, list[dict[str, Any]]]:
     return service.finished(job_id), before
 
 
+@pytest.mark.long
 def test_a_failed_search_is_kept_for_a_retry(service: Service, found: Job) -> None:
     job, before = lose_twice(service)
     assert (job["status"], job["error"]["code"]) == ("failed", "worker_lost")
@@ -189,6 +190,7 @@ def test_a_failed_search_is_kept_for_a_retry(service: Service, found: Job) -> No
     assert journals(service, job["id"]) == []
 
 
+@pytest.mark.long
 def test_a_deleted_search_is_gone_with_its_journal(service: Service) -> None:
     job, _ = lose_twice(service)
     assert len(journals(service, job["id"])) == 1
@@ -197,6 +199,7 @@ def test_a_deleted_search_is_gone_with_its_journal(service: Service) -> None:
     assert journals(service, job["id"]) == []
 
 
+@pytest.mark.long
 def test_a_search_is_cancelled_within_5_s_and_leaves_nothing(service: Service) -> None:
     job_id = start_searching(service, search_recipe(trials=1000), trials=2)
     wait_until(

@@ -267,6 +267,7 @@ def test_health_checks_fail_for_what_is_down_and_signals_stop_it_in_time(
         stack.end()
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_unhealthy_once_its_beat_runs_out_and_another_takes_its_place(stack: Stack) -> None:
     os.kill(stack.processes["worker"].pid, signal.SIGKILL)
     stack.processes["worker"].wait()

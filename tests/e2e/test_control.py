@@ -22,7 +22,7 @@ from tests.tiny import tiny_checkpoint, write_rows
 
 ROWS = 4000  # read, scored and evaluated long enough to be seen at it; such a job is never waited for
 CANCEL_S = 5  # the promise for a running job
-PHASES = ["loading", "scoring", "evaluating"]
+PHASES = ["scoring", *(pytest.param(phase, marks=pytest.mark.long) for phase in ("loading", "evaluating"))]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_the_page_shows_every_route_and_its_requests_stay_here(service: Service,
         }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+@pytest.mark.parametrize("name", ["localhost", pytest.param("127.0.0.1", marks=pytest.mark.long)])
 def test_what_is_tried_out_on_the_page_is_done(service: Service, browser: Browser, name: str) -> None:
     with visit(browser, f"http://{name}:{service.port}/docs") as page:
         page.page.click("#operations-merge-validate .opblock-summary-control")

@@ -128,6 +128,7 @@ def test_a_reader_that_was_cut_off_goes_on_where_it_was(service: Service) -> Non
     check_whole(service, job_id, seen)
 
 
+@pytest.mark.long
 def test_a_cancel_is_seen_and_a_retry_goes_on_in_the_same_log(service: Service) -> None:
     job_id = service.submit(long_recipe())
     watch = Watch(service, job_id)
@@ -149,6 +150,7 @@ def test_a_deleted_job_has_no_events(service: Service) -> None:
     assert (response.status_code, response.json()["code"]) == (404, "not_found")
 
 
+@pytest.mark.long
 def test_many_readers_at_once_see_the_same(service: Service) -> None:
     job_id = service.submit(long_recipe())
     watches = [Watch(service, job_id) for _ in range(READERS)]
@@ -204,6 +206,7 @@ def test_a_long_poll_answers_with_the_next_change_and_with_304_when_there_is_non
     assert service.get(path, headers={"Prefer": "wait=60"}).json()["status"] == "succeeded"  # ended: at once
 
 
+@pytest.mark.long
 def test_the_service_answers_while_60_long_polls_wait(service: Service) -> None:
     running = service.submit(long_recipe())
     path = f"/jobs/{service.submit(tiny_recipe('a', name='average'))}"
@@ -221,7 +224,9 @@ def test_the_service_answers_while_60_long_polls_wait(service: Service) -> None:
 # --- faults
 
 
-@pytest.mark.parametrize("role", ["worker", "api", "redis"])
+@pytest.mark.parametrize(
+    "role", [pytest.param("worker", marks=pytest.mark.long), "api", pytest.param("redis", marks=pytest.mark.long)]
+)
 def test_no_event_is_lost_or_doubled_when_a_process_is_killed(service: Service, role: str) -> None:
     job_id = service.submit(long_recipe())
     watch = Watch(service, job_id)

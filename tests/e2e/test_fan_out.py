@@ -103,6 +103,7 @@ def test_a_job_on_two_workers_of_which_one_is_killed_has_the_bits_of_one_process
         assert all(torch.equal(found[key], of) for key, of in tensors.items()), name
 
 
+@pytest.mark.long
 def test_a_job_is_cancelled_while_its_shards_run_and_the_workers_go_on(service: Service) -> None:
     job_id = service.submit(recipe())
     wait_until(lambda: is_cut(service, job_id), "shards to run", interval_s=0.02)

@@ -126,6 +126,7 @@ def test_a_killed_worker_costs_an_attempt_and_no_job(service: Service) -> None:
     keeps_within(BACK_IN_QUEUE_S, queued_again)
 
 
+@pytest.mark.long
 def test_a_killed_worker_loses_no_job_whatever_its_priority_and_the_highest_goes_first(service: Service) -> None:
     low, engine = start_scoring(service)
     later = {
@@ -152,7 +153,9 @@ def test_a_killed_redis_or_api_costs_nothing(service: Service, role: str) -> Non
     assert (job["status"], job["attempt"]) == ("succeeded", 1)
 
 
-@pytest.mark.parametrize("all_at_once", [True, False], ids=["everything", "the supervisor"])
+@pytest.mark.parametrize(
+    "all_at_once", [True, pytest.param(False, marks=pytest.mark.long)], ids=["everything", "the supervisor"]
+)
 def test_after_sigkill_a_restart_goes_on(service: Service, all_at_once: bool) -> None:
     job_id, _ = start_scoring(service)
     waiting = service.submit(tiny_recipe("a", name="average"))
@@ -182,6 +185,7 @@ def test_an_orderly_stop_hands_the_job_back_and_a_restart_goes_on(service: Servi
     assert "lost its worker" not in service.log[before:]
 
 
+@pytest.mark.long
 def test_a_stopped_service_refuses_nobody_a_second_data_folder_is_free(service: Service) -> None:
     command = [sys.executable, "-m", "app.cli", "serve", "--data-dir", str(service.data_dir), "--port", "1"]
     second = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=REPOSITORY, env={**os.environ})
@@ -236,6 +240,7 @@ def all_of(service: Service, word: str) -> list[psutil.Process]:
     return [process for process, words in running(supervisor) if process != supervisor and word in words]
 
 
+@pytest.mark.long
 def test_engines_that_stand_still_are_noticed_idle_or_at_work_and_replaced(pair: Service) -> None:
     """Readiness does not count them, and their jobs are done by others."""
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
@@ -263,6 +268,7 @@ def worker_of(service: Service, job_id: str) -> psutil.Process:
     pytest.fail("nobody has it")
 
 
+@pytest.mark.long
 def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_when_it_goes_on(pair: Service) -> None:
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
     job_id = pair.submit(long_recipe())
@@ -279,6 +285,7 @@ def test_a_worker_that_stands_still_loses_its_job_to_another_and_does_no_harm_wh
     assert [folder.name for folder in (pair.data_dir / "artifacts").glob(f"{job_id}.*")] == [f"{job_id}.2"]
 
 
+@pytest.mark.long
 def test_a_redis_that_stands_still_for_longer_than_a_lease_costs_no_attempt(pair: Service) -> None:
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
     workers = {worker.pid for worker in all_of(pair, "worker")}
@@ -295,6 +302,7 @@ def test_a_redis_that_stands_still_for_longer_than_a_lease_costs_no_attempt(pair
     assert {worker.pid for worker in all_of(pair, "worker")} == workers
 
 
+@pytest.mark.long
 def test_many_jobs_survive_many_kills_at_random_times(pair: Service) -> None:
     """Whatever is killed, and whenever: every job ends once, and nothing is left of the attempts that did not."""
     jobs = [pair.submit(tiny_recipe("a", "b", "c", examples=200)) for _ in range(6)]
@@ -338,6 +346,7 @@ def wait_written(service: Service, job_id: str, attempt: int, share: float) -> N
     wait_until(lambda: written(service, job_id, attempt) >= share, what, interval_s=0.0005)
 
 
+@pytest.mark.long
 def test_killed_at_any_byte_of_the_write_nothing_is_published_and_the_job_is_done_again(
     service: Service, large: dict[str, Any]
 ) -> None:

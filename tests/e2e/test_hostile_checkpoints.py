@@ -110,6 +110,7 @@ def test_each_is_refused_by_name(besieged: Service, kind: str) -> None:
     assert len(response.content) < 4000
 
 
+@pytest.mark.long
 def test_health_is_told_while_fifty_are_inspected(besieged: Service) -> None:
     kinds = [["plain", kind] for kind in HOSTILE]
     posts = [[f"tokenizers/{number}" for number in range(8)], *(kinds * POSTS)][:POSTS]

@@ -205,6 +205,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_statistics_of_a_repository_are_read_at_its_commit(service: Service, hub: Hub) -> None:
     asked = recipe(method={"name": "fisher", "examples": 8})
     asked["models"] = [asked["models"][0], {**asked["models"][1], "checkpoint": "hf:org/a"}]
@@ -359,6 +360,7 @@ def test_what_is_pushed_after_the_request_does_not_count(service: Service, hub: 
     assert all(torch.equal(expected[name], found[name]) for name in found)
 
 
+@pytest.mark.long
 def test_a_download_shows_its_bytes_and_can_be_cancelled(service: Service, hub: Hub) -> None:
     large = {"method": {"name": "average"}, "models": [{"name": "large", "checkpoint": "hf:org/large"}]}
     folder = hub.repositories["model", "org/large"].commits[hub.repositories["model", "org/large"].newest]
@@ -526,6 +528,7 @@ def test_whatever_the_hub_answers_the_request_gets_a_problem_that_says_so(
     assert_problem(response, status, code)
 
 
+@pytest.mark.long
 def test_parquet_of_equal_texts_is_not_decoded_to_the_disk(service: Service, hub: Hub, tmp_path: Path) -> None:
     """Two files of a few kB, which the hub's library decodes to 400 MB."""
     for part in (0, 1):

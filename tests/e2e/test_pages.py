@@ -58,6 +58,9 @@ def make_inputs(root: Path) -> None:
         write_lines(root / "language" / f"{name}.jsonl", [json.dumps({"text": t}) for t in tiny_texts(40, seed)])
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def ports() -> dict[str, str]:
     """Ports of this run in place of those of the pages, on which another test may listen."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 from redis import Redis
 
 from tests.conftest import HANGS_S, REPOSITORY, Service, free_port, tiny_recipe, wait_until
@@ -79,6 +80,7 @@ def test_a_long_body_is_refused_before_it_is_sent(service: Service) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.long
 def test_a_service_started_again_on_its_folder_still_has_its_jobs(new_service: Callable[..., Service]) -> None:
     service = new_service()
     service.start()

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -490,21 +490,24 @@ def test_an_interrupted_download_says_how_to_go_on(
 
 @contextmanager
 def answering(answer: bytes) -> Iterator[str]:
-    """The address of what answers so to whatever it is asked, once."""
+    """The address of what answers so to whatever it is asked."""
 
     def serve() -> None:
-        connection, _ = listening.accept()
-        with connection:
-            connection.recv(1 << 16)
-            connection.sendall(answer)
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 16):  # closed before all was read, it would take the answer back
-                pass
+        with suppress(OSError):  # it does not listen any more
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(1 << 16):  # closed before all was read, it would take the answer back
+                        pass
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = Thread(target=serve)
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 

@@ -355,6 +355,7 @@ def test_two_merges_at_once_score_each_model_once(pair: Service) -> None:
     assert not list((service.data_dir / "statistics").glob(".*"))
 
 
+@pytest.mark.long
 def test_when_the_one_that_computes_is_killed_the_other_takes_over(pair: Service) -> None:
     service, before = pair, kept_examples(pair)
     recipe = long_recipe("a")

@@ -441,7 +441,10 @@ def test_a_registry_gets_versions_metrics_and_the_alias(service: Service, mlflow
     assert len(asks("model-versions/search", filter="name = 'default_reviews-a'")["model_versions"]) == 1
 
 
-def test_a_registry_that_is_away_is_told(service: Service, mlflow: httpx.Client, root: Path) -> None:
+def test_a_registry_that_is_away_is_told(
+    service: Service, mlflow: httpx.Client, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.publisher.PAUSES_S", (0.01,))
     artifact = next((service.data_dir / "artifacts").iterdir())
     order = Order(folder=artifact, job="j", name="n", tenant="default", accepted=True, targets=[], facts={})
     settings = settings_of(service)

@@ -70,6 +70,7 @@ def test_the_folder_of_the_release_before_is_gone_on_with(service: Service) -> N
     assert check_folder(service.data_dir) == FORMAT
 
 
+@pytest.mark.long
 def test_a_copy_of_a_stopped_folder_is_a_backup(service: Service, tmp_path: Path) -> None:
     done = {name: service.finished(job["id"]) for name, job in jobs(service).items()}
     files = {name: artifact(service, job) for name, job in done.items() if job["status"] == "succeeded"}

@@ -130,6 +130,8 @@ def without_statistics() -> list[dict[str, Any]]:
     return [{"name": of.name} for of in made if of.merges_rows and not of.statistics]
 
 
+OF_EACH_KIND = {"slerp", "ties", "della", "karcher"}
+"""A method that takes values as they come, one that ranks them, one that draws, one that repeats."""
 VARIANTS: list[dict[str, Any]] = [
     {"name": "nuslerp", "vectors": "rows"},
     {"name": "nuslerp", "vectors": "columns"},
@@ -138,7 +140,14 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("method", [*without_statistics(), *VARIANTS], ids=lambda of: " ".join(map(str, of.values())))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=() if method["name"] in OF_EACH_KIND else pytest.mark.long)
+        for method in [*without_statistics(), *VARIANTS]
+    ],
+    ids=lambda of: " ".join(map(str, of.values())),
+)
 def test_what_is_held_does_not_grow_with_the_tensor(
     tmp_path: Path, alone: Callable[..., Any], method: dict[str, Any]
 ) -> None:
