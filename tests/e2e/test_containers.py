@@ -248,6 +248,7 @@ def test_redis_does_not_start_with_a_password_that_would_break_its_url(
     assert "MASKMERGE_REDIS_PASSWORD may hold" in result.stderr
 
 
+@pytest.mark.long
 def test_health_checks_fail_for_what_is_down_and_signals_stop_it_in_time(
     tmp_path: Path, installed: Path, tiny_inputs: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_the_running_one_goes_on(service:
     assert service.job(waiting)["attempt"] == 0
 
 
+@pytest.mark.long
 def test_a_cancelled_job_succeeds_when_it_is_retried(service: Service) -> None:
     job_id, _ = service.submit_held(measured_anew(tiny_recipe()))
     service.post(f"/jobs/{job_id}/cancel")

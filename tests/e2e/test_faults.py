@@ -112,6 +112,7 @@ def test_a_killed_engine_costs_an_attempt_and_no_job(service: Service) -> None:
     check_one_result(service, job_id)
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_an_attempt_and_no_job(service: Service) -> None:
     def queued_again() -> float:
         job_id, engine = start_scoring(service)

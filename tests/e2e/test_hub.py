@@ -649,6 +649,7 @@ def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.long
 def test_while_the_hub_is_away_nothing_is_accepted_and_what_waits_can_be_tried_again(
     service: Service, hub: Hub, tmp_path: Path
 ) -> None:

@@ -80,7 +80,7 @@ def test_a_recipe_of_mergekit_is_merged_where_its_user_is(place: Path, tiny_inpu
     assert not re.search("redis|valkey|Traceback", errors, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_one_leaves_nothing_behind(place: Path, number: signal.Signals) -> None:
     recipe = tiny_recipe("a", "c", name="average")
     for model in recipe["models"]:

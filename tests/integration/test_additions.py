@@ -153,6 +153,7 @@ def test_a_metric_stands_in_the_files_of_its_head_alone(run: Run) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_statistic_stands_in_its_methods_files_and_one_for_its_pass(run: Run) -> None:
     run(
         STATISTIC,
@@ -203,6 +204,7 @@ def test_a_statistic_stands_in_its_methods_files_and_one_for_its_pass(run: Run) 
     )
 
 
+@pytest.mark.long
 def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
     run(
         STORE,
@@ -249,6 +251,7 @@ def test_a_store_of_artifacts_stands_in_its_file_alone(run: Run) -> None:
     )
 
 
+@pytest.mark.long
 def test_a_store_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     settings = Settings(redis_url=SecretStr("redis://127.0.0.1:1"), data_dir=tmp_path, artifact_store="shelf")
     with pytest.raises(ValueError, match="MASKMERGE_ARTIFACT_STORE is 'shelf', and the stores are folder, s3"):

@@ -138,7 +138,7 @@ def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inp
     assert isinstance(last_event(engine), Finished)
 
 
-@pytest.mark.parametrize("checkpoint", ["a", "none"])
+@pytest.mark.parametrize("checkpoint", ["a", pytest.param("none", marks=pytest.mark.long)])
 def test_what_not_every_job_needs_is_imported_after_one_that_is_there_first(
     engine: EngineProcess, tiny_inputs: Path, tmp_path: Path, checkpoint: str
 ) -> None:
@@ -148,6 +148,7 @@ def test_what_not_every_job_needs_is_imported_after_one_that_is_there_first(
     assert warm(engine).is_warm
 
 
+@pytest.mark.long
 def test_a_death_while_it_is_idle_is_noticed_by_the_next_merge(
     engine: EngineProcess, tiny_inputs: Path, tmp_path: Path
 ) -> None:
@@ -281,8 +282,8 @@ def test_a_merge_that_loads_no_model_holds_rows_alone(fresh: EngineProcess, tmp_
     [
         {"precision": "float32"},
         {"precision": "bfloat16"},
-        {"preset": "paper"},
-        {"name": "average"},
+        pytest.param({"preset": "paper"}, marks=pytest.mark.long),
+        pytest.param({"name": "average"}, marks=pytest.mark.long),
         {"name": "aligned_regmean"},
     ],
     ids=str,

@@ -65,7 +65,15 @@ def counting_forward_passes() -> Iterator[Callable[[], int]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("method", ["mask_fisher", "fisher", "regmean", "mask_regmean"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "mask_fisher",
+        pytest.param("fisher", marks=pytest.mark.long),
+        "regmean",
+        pytest.param("mask_regmean", marks=pytest.mark.long),
+    ],
+)
 def test_a_merge_of_scored_models_runs_no_forward_pass(
     tiny_inputs: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +354,7 @@ def test_what_was_measured_again_is_listed_as_it_is_now(api: TestClient, store: 
 MANY = 10_000
 
 
+@pytest.mark.long
 def test_ten_thousand_are_listed_soon(tmp_path: Path, api: TestClient, store: StatisticsStore) -> None:
     about = store.put(FACTS, ORIGIN, PARTS).about
     for number in range(MANY - 1):

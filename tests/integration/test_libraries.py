@@ -59,6 +59,7 @@ importing.join()
 """
 
 
+@pytest.mark.long
 def test_who_uses_a_library_while_they_are_imported_waits_for_all() -> None:
     run = subprocess.run([sys.executable, "-c", MEANWHILE], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr

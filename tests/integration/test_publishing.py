@@ -100,7 +100,7 @@ def run(redis: Redis, tmp_path: Path, tiny_inputs: Path, engine: EngineProcess) 
     return run
 
 
-@pytest.mark.parametrize("how", [cancel_first, cancel_after_the_rename])
+@pytest.mark.parametrize("how", [pytest.param(cancel_first, marks=pytest.mark.long), cancel_after_the_rename])
 def test_a_cancel_that_comes_while_an_attempt_publishes_ends_the_job_and_leaves_nothing(
     run: Callable[[Publish], Record], tmp_path: Path, how: Publish
 ) -> None:

@@ -244,6 +244,7 @@ def test_a_look_lets_the_better_half_go_on(whole: tuple[MergeSpec, MergeResult])
         assert trial.objective == pytest.approx(values[-1])
 
 
+@pytest.mark.long
 def test_the_same_recipe_finds_the_same(
     whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def test_another_attempt_goes_on_where_the_last_one_was(
     assert resumed.candidates == result.candidates
 
 
+@pytest.mark.long
 def test_other_rows_are_another_search(
     whole: tuple[MergeSpec, MergeResult], tiny_inputs: Path, inputs: Path, tmp_path: Path
 ) -> None:

@@ -274,6 +274,7 @@ def delivering_process(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
+@pytest.mark.long
 def test_nothing_is_lost_when_the_process_that_delivers_is_killed(
     settings: Settings, redis: Redis, store: JobStore
 ) -> None:

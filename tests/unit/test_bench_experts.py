@@ -81,6 +81,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.M
         make_tasks(tmp_path, 100, 100, 0)
 
 
+@pytest.mark.long
 def test_training_again_gives_the_same_files_and_what_is_there_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def test_training_again_gives_the_same_files_and_what_is_there_stays(
     assert trained == ["pair", "pair"]
 
 
+@pytest.mark.long
 def test_other_rows_and_another_seed_are_other_trainings(tmp_path: Path) -> None:
     lines: list[dict[str, object]] = [{"text": word, "label": word > "c"} for word in WORDS]
     write(tmp_path / "a", lines, 2)
