@@ -19,6 +19,7 @@ from app.api import (
     merges,
     methods,
     metrics,
+    predictions,
     scores,
     uploads,
     webhooks,
@@ -91,7 +92,21 @@ def create_app(settings: Settings) -> FastAPI:
         OwnHosts, names=(settings.host, *settings.allowed_hosts), origins=frozenset(settings.cors_origins)
     )
     app.add_middleware(Proxies, trusted=settings.trusted_proxies)  # the last one added comes first
-    for module in (merges, scores, jobs, events, webhooks, artifacts, uploads, methods, keys, health, metrics, docs):
+    for module in (
+        merges,
+        scores,
+        jobs,
+        predictions,
+        events,
+        webhooks,
+        artifacts,
+        uploads,
+        methods,
+        keys,
+        health,
+        metrics,
+        docs,
+    ):
         app.include_router(module.router)
     for router in routers:
         app.include_router(router)

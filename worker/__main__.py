@@ -18,6 +18,7 @@ from rq import SimpleWorker
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.worker import DequeueStrategy
 
 from app.contracts.jobs import Attempt, Outcome, Status, TaskId
 from app.contracts.settings import Settings
@@ -28,7 +29,7 @@ from app.storage.artifacts.store import ArtifactStore, artifact_name
 from app.storage.connection import connect, connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.keys import Keys
-from app.storage.queue import TaskQueue
+from app.storage.queue import TaskQueue, queue_of_predictions
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
@@ -38,6 +39,7 @@ from app.storage.versions import NEWER_DATA_STATUS, NewerData, upgrade_folder, u
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine.catalog.primitives.paths import hide
 from worker.engine_process import EngineProcess
+from worker.predicting import Predictor
 from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner, TenantStorage
 
 BEAT_S = 2.0
@@ -164,7 +166,7 @@ def run(settings: Settings) -> int:
     engine = EngineProcess(threads, settings.heartbeat_seconds, settings.stall_seconds)
     functions: dict[str, Callable[..., None]] = {}
     worker = TaskWorker(
-        [settings.queue],
+        [queue_of_predictions(settings.queue), settings.queue],
         name=name,
         connection=rq_redis,
         serializer=JSONSerializer,
@@ -190,7 +192,8 @@ def run(settings: Settings) -> int:
         tracer,
         settings.shard_seconds,
     )
-    functions.update(runner.functions)
+    predictor = Predictor(storage, engine, runner.look_after_engine, lambda: worker.is_stopping)
+    functions.update({**runner.functions, **predictor.functions})
     engine.start()
     worker.between_jobs = runner.look_after_engine
     repeaters = [
@@ -202,7 +205,7 @@ def run(settings: Settings) -> int:
     for repeater in repeaters:
         repeater.start()
     try:
-        worker.work(logging_level="WARNING")
+        worker.work(logging_level="WARNING", dequeue_strategy=DequeueStrategy.ROUND_ROBIN)
     finally:
         for repeater in repeaters:
             repeater.stop()

@@ -33,6 +33,7 @@ from app.contracts.settings import Settings
 from app.observability.context import facts, process_concerns
 from app.observability.logs import adopt, configure
 from app.storage.scratch import Scratch
+from worker.engine.catalog.contracts.prediction import Prediction, PredictionSpec
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec, ShardSpec, ShardWork
 from worker.engine.catalog.primitives.errors import DiskFull, EngineError, OutOfMemory, StorageError
@@ -85,6 +86,11 @@ class ShardDone(BaseModel):
     result: ShardResult
 
 
+class Predicted(BaseModel):
+    event: Literal["predicted"] = "predicted"
+    result: Prediction
+
+
 class CutIntoShards(BaseModel):
     """The job's scoring is left to shards; `batch_tokens` is for `SharedScoring`."""
 
@@ -98,14 +104,19 @@ class Failed(BaseModel):
     error: JobError
 
 
+AnySpec = MergeSpec | ScoreSpec | ShardSpec | PredictionSpec
+
+
 class Order(BaseModel):
     """A job for the engine process, and the facts that the lines of its log have."""
 
-    spec: Annotated[MergeSpec | ScoreSpec | ShardSpec, Field(discriminator="kind")]
+    spec: Annotated[AnySpec, Field(discriminator="kind")]
     facts: dict[str, str | int]
 
 
-Told = Ready | Progressed | CutIntoShards | ShardDone | Finished | Failed
+Ended = CutIntoShards | ShardDone | Predicted | Finished | Failed
+"""Events that end a job."""
+Told = Ready | Progressed | Ended
 """Events of which `EngineProcess.poll` tells."""
 AnyEvent = Told | Warm | Beat
 EVENT: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="event")])
@@ -214,7 +225,7 @@ class EngineProcess:
         events = self._read(timeout_s)
         for event in events:
             self._signs.heard(progresses=not isinstance(event, Beat))
-            if isinstance(event, CutIntoShards | ShardDone | Finished | Failed):
+            if isinstance(event, Ended):
                 self._signs.ends()
         why = self._signs.look()
         if why is not None:
@@ -360,9 +371,11 @@ def serve(requests: BinaryIO, events: int) -> None:
             warming.start()
 
 
-def _run(engine: "Engine", spec: MergeSpec | ScoreSpec | ShardSpec, told: "Throttled") -> ShardDone | Finished:
+def _run(engine: "Engine", spec: AnySpec, told: "Throttled") -> ShardDone | Predicted | Finished:
     if isinstance(spec, ShardSpec):
         return ShardDone(result=engine.shard(spec, told))
+    if isinstance(spec, PredictionSpec):
+        return Predicted(result=engine.predict(spec, told))
     return Finished(result=engine.run(spec, told))
 
 

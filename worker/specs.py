@@ -7,8 +7,10 @@ from typing import Any
 
 from app.contracts.jobs import JobKind, PhaseName, Record
 from app.contracts.models import Dataset, Evaluation, MeasuredModelRequest, ModelRequest
+from app.contracts.predictions import PredictionRequest
 from app.contracts.requests import MergeRequest, ScoreRequest, as_recipe
 from app.storage.sources.source import FetchedInput, InputKind
+from worker.engine.catalog.contracts.prediction import PredictionSpec
 from worker.engine.catalog.contracts.spec import (
     JobSpec,
     MergeSpec,
@@ -125,6 +127,36 @@ def shard_spec(record: Record, work: ShardWork, inputs: Inputs, store: StoreSpec
             "base": None if base is None else inputs.checkpoint(base),
             "method": work.method.model_dump(),
             "work": work,
+        }
+    )
+
+
+def prediction_spec(
+    record: Record, asked: PredictionRequest, merged: FetchedInput, inputs: Inputs, store: StoreSpec
+) -> PredictionSpec:
+    """Make the engine's input for rows that a merge is tried on, from what its job was made of.
+
+    Args:
+        merged: the model of the merge in the job's artifact.
+    """
+    request = MergeRequest.model_validate(record.request)
+    models = [
+        {"name": model.name, **inputs.checkpoint(model.checkpoint), "weight": model.weight} for model in request.models
+    ]
+    return PredictionSpec.model_validate(
+        {
+            "name": record.name,
+            "recipe": {},
+            "folder": store.folder,  # it leaves nothing
+            "models": models,
+            "base": None if request.base is None else inputs.checkpoint(request.base),
+            "method": request.method.model_dump(),
+            "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
+            **request.model_dump(include={"slices"}),
+            "model": asked.model,
+            "merged": {"source": "the merge", **_where(merged)},
+            "rows": asked.rows,
+            "new_tokens": asked.max_new_tokens,
         }
     )
 

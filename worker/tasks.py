@@ -54,6 +54,7 @@ from worker.engine_process import (
     EngineStopped,
     Failed,
     Finished,
+    Predicted,
     Progressed,
     Ready,
     ShardDone,
@@ -256,7 +257,7 @@ class TaskRunner:
                     if self._trace is not None:
                         self._trace.enters(event.phase)
                     meter.update(event.phase, event.done, event.total, event.unit)
-                elif not isinstance(event, Ready):
+                elif not isinstance(event, Ready | Predicted):
                     return event
             if self._is_stopping():
                 self._hand_back(attempt)
@@ -516,14 +517,7 @@ class TaskRunner:
     def _fetch(
         self, attempt: Attempt, sources: Sources, reference: str, kind: InputKind, state: str | None
     ) -> FetchedInput:
-        """Fetch an input while the lease is kept.
-
-        Raises:
-            Unwanted: nobody wants the attempt any more.
-            StorageError: the storage fails.
-            InvalidCheckpoint, InvalidDataset, InvalidStatistics: the input, which was there when the job was accepted,
-                is not there now.
-        """
+        """Fetch an input as `fetched`, while the lease is kept. Raises Unwanted too."""
         renewed = time.monotonic()
 
         def on_bytes(done: int, total: int) -> None:
@@ -539,9 +533,20 @@ class TaskRunner:
                 if status is not Status.RUNNING:
                     raise Unwanted(status)
 
-        try:
-            return self._insist(lambda: sources.fetch(reference, kind, state, on_bytes))
-        except SourceUnavailable as error:
-            raise StorageError(f"{error}; try again", source=reference) from error
-        except ReferenceError as error:
-            raise INVALID[kind](reference, str(error)) from error
+        return self._insist(lambda: fetched(sources, reference, kind, state, on_bytes))
+
+
+def fetched(sources: Sources, reference: str, kind: InputKind, state: str | None, on_bytes: OnBytes) -> FetchedInput:
+    """Fetch an input; its errors are the engine's.
+
+    Raises:
+        StorageError: the storage fails.
+        InvalidCheckpoint, InvalidDataset, InvalidStatistics: the input, which was there when the job was accepted, is
+            not there now.
+    """
+    try:
+        return sources.fetch(reference, kind, state, on_bytes)
+    except SourceUnavailable as error:
+        raise StorageError(f"{error}; try again", source=reference) from error
+    except ReferenceError as error:
+        raise INVALID[kind](reference, str(error)) from error

@@ -39,11 +39,13 @@ class Problem(Enum):
     HEADERS_TOO_LARGE = ("headers_too_large", 431, "The headers are too large")
     INTERNAL = ("internal", 500, "The service failed; this is not the caller's fault")
     ARTIFACT_DAMAGED = ("artifact_damaged", 500, "Files of an artifact are not what was written")
+    PREDICTION_FAILED = ("prediction_failed", 500, "The worker could not answer")
     REDIS_UNAVAILABLE = ("redis_unavailable", 503, "Redis is away; try again")
     HUB_UNAVAILABLE = ("hub_unavailable", 503, "The Hugging Face hub does not answer; try again")
     STORAGE_UNAVAILABLE = ("storage_unavailable", 503, "The object storage does not answer; try again")
     TOO_BUSY = ("too_busy", 503, "The service has as much to do as it takes; try again")
     NOT_READY = ("not_ready", 503, "The service is not ready")
+    NO_ANSWER = ("no_answer", 504, "No worker answered in time; try again")
     NO_SPACE = ("no_space", 507, "There is no space left")
 
     def __init__(self, code: str, status: int, title: str) -> None:

@@ -204,6 +204,9 @@ class Settings(BaseSettings):
     """MLflow servers that merges are published at, as JSON by the names that requests have for them, such as
     `{"prod": {"url": "https://mlflow.example.org", "token_file": "/run/secrets/mlflow"}}`; `experiment` is the one of
     the runs, `maskmerge` when not set."""
+    predict_seconds: Annotated[float, Field(ge=0.1, le=600)] = 30
+    """Seconds within which a worker must answer rows on which a merge is tried. An engine process that is still at
+    them then is replaced."""
     publish_seconds: Annotated[float, Field(gt=0, le=86_400)] = 3600
     """Publishing a merge at all its further places must be done within this time, or has failed at what is left."""
     signing_key: Path | None = None

@@ -10,6 +10,7 @@ from app.services.deliverer import Deliverer
 from app.services.inspection import Inspectors
 from app.services.jobs import Jobs
 from app.services.limits import Room
+from app.services.predictions import Predictions
 from app.services.targets import Targets
 from app.services.uploads import Uploads
 from app.services.webhook_sender import Sender
@@ -44,6 +45,7 @@ class Services:
     searches: SearchFolder
     inspectors: Inspectors
     jobs: Jobs
+    predictions: Predictions
     room: Room
     statistics: StatisticsFolders
     reaper: Reaper
@@ -118,6 +120,7 @@ def compose(settings: Settings) -> Services:
         searches=searches,
         inspectors=inspectors,
         jobs=jobs,
+        predictions=Predictions(store, queue, watcher, settings.predict_seconds),
         room=room,
         statistics=statistics,
         reaper=Reaper(store, queue),

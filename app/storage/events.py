@@ -71,6 +71,21 @@ class JobWatcher:
                     if await self._news(job_id, after):
                         return
 
+    async def pop(self, key: str, timeout_s: float) -> str | None:
+        """Take the first entry of a list as soon as there is one; None when the time is over, or the service stops."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not self.is_stopping:
+                    found: list[str] | None = await self._answer(self._redis.blpop([key], timeout=TURN_MS / 1000))
+                    if found:
+                        return found[1]
+        return None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether no wait lasts any more."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """End every wait, present and future, because the service stops."""
         self._stopping.set()

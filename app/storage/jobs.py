@@ -13,6 +13,7 @@ from app.storage.deliveries import Deliveries
 from app.storage.events import JobLog
 from app.storage.keys import Keys
 from app.storage.metrics import Sums
+from app.storage.predictions import Predictions
 from app.storage.records import Records
 from app.storage.scripts import Clock, JobScripts
 from app.storage.tasks import Tasks
@@ -47,4 +48,5 @@ class JobStore:
         self.usage = Usage(redis, keys)
         self.workers = Workers(redis, keys, scripts.clock)
         self.sums = Sums(redis, keys)
+        self.predictions = Predictions(redis, keys)
         self.log = JobLog(redis, keys)

@@ -29,6 +29,14 @@ class Keys:
         """Name the stream of a job's events of progress."""
         return self._key("progress", job_id)
 
+    def prediction(self, name: str) -> str:
+        """Name the order of a prediction, as JSON, until a worker takes it."""
+        return self._key("prediction", name)
+
+    def prediction_outcome(self, name: str) -> str:
+        """Name the list of the one answer to such an order."""
+        return self._key("prediction-outcome", name)
+
     def deliveries(self, job_id: str) -> str:
         """Name the sorted set of the numbers of a job's deliveries. Each is a hash, named after it and its number."""
         return self._key("deliveries", job_id)

@@ -1,6 +1,11 @@
-"""RQ as transport: it wakes workers, which then claim whatever is next. `Tasks` knows which tasks wait."""
+"""RQ as transport: it wakes workers, which then claim whatever is next. `Tasks` knows which tasks wait.
+
+Requests to predict have a queue of their own, and a worker goes from one queue to the other. So such a request waits
+for the task in hand alone, and a task waits for one such request.
+"""
 
 import secrets
+from math import ceil
 
 from redis import Redis
 from rq import Queue
@@ -10,6 +15,13 @@ from app.storage.jobs import JobStore
 
 WORK = "work"
 """Name of the function that a message asks for, in the worker's table."""
+PREDICT = "predict"
+"""Name of the function that a message of the queue of predictions asks for, with the id of an order."""
+
+
+def queue_of_predictions(name: str) -> str:
+    """Return the name of the queue of predictions beside a queue of tasks."""
+    return f"{name}-predictions"
 
 
 class TaskQueue:
@@ -22,6 +34,7 @@ class TaskQueue:
     def __init__(self, redis: Redis, name: str, store: JobStore) -> None:
         self.name = name
         self._queue = Queue(name, connection=redis, serializer=JSONSerializer)
+        self._predictions = Queue(queue_of_predictions(name), connection=redis, serializer=JSONSerializer)
         self._store = store
 
     def wake(self) -> int:
@@ -43,3 +56,24 @@ class TaskQueue:
                 description="there is work",
             )
         return missing
+
+    def ask_to_predict(self, order: str, seconds: float) -> None:
+        """Have a worker answer an order, by its id, within so many seconds."""
+        self._predictions.enqueue_call(
+            PREDICT,  # never imported
+            args=(order,),
+            job_id=order,
+            timeout=-1,  # the order has a deadline
+            ttl=ceil(seconds),
+            result_ttl=0,
+            failure_ttl=3600,
+            description="rows wait for answers",
+        )
+
+    def predictions_waiting(self) -> int:
+        """Return how many orders wait for a worker."""
+        return self._predictions.count
+
+    def forget_prediction(self, order: str) -> None:
+        """Take an order out of the queue, if it is still there."""
+        self._predictions.remove(order)

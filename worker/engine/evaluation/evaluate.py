@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.contracts.prediction import Answer
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.inputs.examples import Example
 from worker.engine.models.loading import LoadedModel
@@ -36,6 +37,13 @@ def predict(
     """
     kind = loaded.kind if evaluation is None else loaded.kind.evaluated(evaluation)
     return kind.predictions(examples, _running(loaded, precision, on_rows, evaluation))
+
+
+def answer(
+    loaded: LoadedModel, examples: Sequence[Example], precision: Precision, on_rows: OnRows, evaluation: EvaluationSpec
+) -> list[Answer]:
+    """Compute the model's answers to rows, see `HeadKind.answered`. The metric says how it is run, as for `predict`."""
+    return loaded.kind.evaluated(evaluation).answered(examples, _running(loaded, precision, on_rows, evaluation))
 
 
 def predict_with(

@@ -2,11 +2,13 @@
 
 import torch
 
+from worker.engine.catalog.contracts.prediction import Prediction, PredictionSpec
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
 from worker.engine.catalog.contracts.spec import MergeSpec, ScoreSpec, ShardSpec
 from worker.engine.checkpoints.reader import Digests
 from worker.engine.jobs.context import EngineState, job_context
 from worker.engine.jobs.merge import merge
+from worker.engine.jobs.predicting import predict
 from worker.engine.jobs.score import score
 from worker.engine.jobs.shard import measure_shard
 from worker.engine.models.loading import ModelCache
@@ -47,3 +49,8 @@ class Engine:
         """Measure a shard of a job's scoring, and keep what it finds."""
         with job_context(spec, self._lasting, on_progress) as context:
             return measure_shard(spec, context)
+
+    def predict(self, spec: PredictionSpec, on_progress: OnProgress) -> Prediction:
+        """Answer rows with a merge that was published, one of its experts and the plain average."""
+        with job_context(spec, self._lasting, on_progress) as context:
+            return predict(spec, context)

@@ -66,7 +66,7 @@ def evaluate(
     with context.timed("evaluate_seconds"):
         with averaged(plan, [model.takes_part for model in models]) as backbone:
             base = _evaluable_base(plan, base_digest, context)
-            published = Published(plan, folders, _sources(backbone, context), models, base)
+            published = Published(plan, folders, average_sources(backbone, context), models, base)
             rows = sum(len(model.rows.evaluation) for model in models)
             evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
             metrics = {
@@ -78,8 +78,8 @@ def evaluate(
         return metrics
 
 
-def _sources(average: Backbone, context: JobContext) -> Mapping[str, Source]:
-    """Compute the average once, or, where models are not held whole, again for each part that is at work."""
+def average_sources(average: Backbone, context: JobContext) -> Mapping[str, Source]:
+    """Compute the plain average once, or, where models are not held whole, again for each part that is at work."""
     if context.models.holding is not Holding.WHOLE:
         return average.sources()
     return {name: held(tensor) for name, tensor in {**average.state(), **average.modules()}.items()}
@@ -145,7 +145,7 @@ def _best_expert(
     return best, found[best]
 
 
-def _called(name: str, loaded: LoadedModel) -> LoadedModel:
+def called(name: str, loaded: LoadedModel) -> LoadedModel:
     """Return the same model under a name for messages."""
     return replace(loaded, info=replace(loaded.info, source=name))
 
@@ -173,7 +173,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     examples, truncated = examples_of(published.plan, merged, evaluation, model.rows.evaluation_texts, examples)
     context.note(*truncated)
     whose = "" if head.merges else f", with the head of {model.spec.source},"
-    merged = _called(f"the merge{whose}", merged)
+    merged = called(f"the merge{whose}", merged)
     kept_head_predictions = None
     if head.merges:
         merged_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
@@ -185,7 +185,7 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     merged.take(published.average)
     if not head.merges:
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
-    average = _called(f"the plain average{whose}", merged)
+    average = called(f"the plain average{whose}", merged)
     average_predictions = predict(average, examples, precision, evaluating.advance, evaluation)
     predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
     best = None

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -340,12 +340,28 @@ class ModelCache:
         self.holding = Holding.WHOLE
 
     def get(self, info: CheckpointInfo) -> LoadedModel:
-        key = _state(info)
+        return self._kept(_state(info), info, lambda: self.fresh(info))
+
+    def made_of(
+        self, name: str, info: CheckpointInfo, others: Sequence[CheckpointInfo], make: Callable[[], LoadedModel]
+    ) -> LoadedModel:
+        """Return a model that is made of several checkpoints, and keep it while models are held whole.
+
+        Args:
+            name: tells it from others that are made of the same ones.
+            info: the checkpoint that describes it.
+            make: makes it if it is not kept.
+        """
+        if self.holding is not Holding.WHOLE:  # it reads its weights from what its maker has open
+            return make()
+        return self._kept((name, *map(_state, (info, *others))), info, make)
+
+    def _kept(self, key: tuple[object, ...], info: CheckpointInfo, make: Callable[[], LoadedModel]) -> LoadedModel:
         if key in self._models and self._models[key].holding <= self.holding:
             self._models[key] = replace(self._models[key], info=info)  # the view of this `info` is open now
             self._models.move_to_end(key)
         else:
-            self._models[key] = self.fresh(info)
+            self._models[key] = make()
             while len(self._models) > 1 and sum(model.nbytes for model in self._models.values()) > self._capacity:
                 self._models.popitem(last=False)
         return self._models[key]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.contracts.prediction import MOST_LABELS, Answer, LabelAnswer
 from worker.engine.catalog.tasks import Classification, MetricName
 from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
@@ -41,6 +42,14 @@ class ClassificationHead(HeadKind[C], Generic[C]):
     def decision(self, logits: Tensor) -> Tensor:
         return logits.argmax(-1)
 
+    def answer(self, judged: Tensor) -> Answer:
+        return self.label_answer(judged[0])
+
+    def label_answer(self, logits: Tensor) -> LabelAnswer:
+        """Return the answer by the logits of one output, (labels,), float64."""
+        found = likeliest(logits.softmax(0), self.task.names)
+        return LabelAnswer(label=next(iter(found)), probabilities=found)
+
     def metric(self, name: MetricName) -> Metric:
         """Return a metric. F1 is that of label 1 if there are two labels, and else the unweighted mean over labels."""
         if name == "f1":
@@ -65,6 +74,12 @@ class ClassificationHead(HeadKind[C], Generic[C]):
 
 
 KIND = ClassificationHead
+
+
+def likeliest(probabilities: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Return the probabilities of labels, (labels,), by name, from the likeliest on, the first of equal ones first."""
+    order = probabilities.sort(descending=True, stable=True).indices[:MOST_LABELS].tolist()
+    return {names[index]: float(probabilities[index]) for index in order}
 
 
 def smoothed_classes(logits: Tensor) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.contracts.prediction import Answer, TextAnswer
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import NEW_TOKENS, DatasetSpec
@@ -89,15 +90,27 @@ class Writing(CausalLanguageModelHead):
     def predictions(self, examples: Sequence[Example], running: Running) -> Array:
         """Let the model write, and return predictions of rows, (rows, 4)."""
         found = self.unknown(examples)
+        for place, row, text, tokens in self._all_written(examples, running):
+            fits = np.nan if self._pattern is None else answer_in(text, self._pattern) is not None
+            found[place] = self._is_right(text, row.target), tokens, 1, fits
+        return found
+
+    def answered(self, examples: Sequence[Example], running: Running) -> list[Answer]:
+        found: dict[int, Answer] = {
+            place: TextAnswer(text=text, tokens=tokens)
+            for place, _, text, tokens in self._all_written(examples, running)
+        }
+        return [found[row] for row in range(len(examples))]
+
+    def _all_written(self, examples: Sequence[Example], running: Running) -> Iterator[tuple[int, Prompt, str, int]]:
+        """Let the model write, and yield the place of each row, the row, what follows on it, and how many tokens."""
         prompts = [example for example in examples if isinstance(example, Prompt)]
         with self._greedily(running.padding), torch.inference_mode():
             for places in self._batches(prompts):
                 rows = [prompts[place] for place in places]
                 for place, row, (text, tokens) in zip(places, rows, self._written(rows, running), strict=True):
-                    fits = np.nan if self._pattern is None else answer_in(text, self._pattern) is not None
-                    found[place] = self._is_right(text, row.target), tokens, 1, fits
+                    yield place, row, text, tokens
                 running.on_rows(len(rows))
-        return found
 
     def _is_right(self, text: str, target: str) -> bool:
         wanted = answer_in(target, self._pattern)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worker.engine.catalog.contracts.prediction import Answer
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.data.spec import DatasetSpec
@@ -191,6 +192,22 @@ class HeadKind(OneOutput, ABC, Generic[T]):
             found[part.predictions] = self.predicted(judged, part.examples)
             running.on_rows(len(part.batch))
         return found
+
+    def answered(self, examples: Sequence[Example], running: Running) -> list[Answer]:
+        """Run the model, and return its answer to each row. Raises NumericalError, see `predictions`."""
+        found: dict[int, Answer] = {}
+        for part, judged in self.parts(examples, running):
+            by_row = torch.split(judged.cpu().double(), [self.predictions_of(example) for example in part.examples])
+            found |= zip(part.batch.indices.tolist(), map(self.answer, by_row), strict=True)
+            running.on_rows(len(part.batch))
+        return [found[row] for row in range(len(examples))]
+
+    def answer(self, judged: Tensor) -> Answer:
+        """Return the answer to one row by what decides its predictions, (predictions, …), float64.
+
+        A kind whose task `answers_rows` has it, unless it answers in another way.
+        """
+        raise TypeError(f"answers of a {self.task.title} to single rows are not told")
 
     def unknown(self, examples: Sequence[Example]) -> Array:
         """Make an array for predictions."""

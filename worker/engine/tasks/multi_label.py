@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.contracts.prediction import Answer, LabelsAnswer
 from worker.engine.catalog.tasks import MetricName, MultiLabel
 from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
+from worker.engine.tasks.classification import likeliest
 from worker.engine.tasks.drawing import uniform
 from worker.engine.tasks.kind import Combined, HeadKind, Passes, one_pass
 from worker.engine.tasks.metrics import Array, Metric, ResampledMetric
@@ -44,6 +46,11 @@ class MultiLabelHead(HeadKind[MultiLabel]):
 
     def decision(self, logits: Tensor) -> Tensor:
         return logits > 0
+
+    def answer(self, judged: Tensor) -> Answer:
+        [logits] = judged
+        names = [name for name, applies in zip(self.task.names, self.decision(logits).tolist(), strict=True) if applies]
+        return LabelsAnswer(labels=names, probabilities=likeliest(logits.sigmoid(), self.task.names))
 
     def metric(self, name: MetricName) -> Metric:
         """Return a metric. F1 is that of all decisions together; accuracy is the share of rows that are all right."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.contracts.prediction import Answer, ValueAnswer
 from worker.engine.catalog.tasks import MetricName, Regression
 from worker.engine.inputs.examples import Batch, Example
 from worker.engine.tasks import metrics
@@ -37,6 +38,9 @@ class RegressionHead(HeadKind[Regression]):
 
     def decision(self, logits: Tensor) -> Tensor:
         return logits[:, 0]
+
+    def answer(self, judged: Tensor) -> Answer:
+        return ValueAnswer(value=float(judged[0, 0]))
 
     def metric(self, name: MetricName) -> Metric:
         return metrics.SIMPLE[name]

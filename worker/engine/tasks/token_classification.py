@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.catalog.contracts.prediction import Answer, WordsAnswer
 from worker.engine.catalog.data.rows import Row
 from worker.engine.catalog.primitives.errors import InvalidDataset
 from worker.engine.catalog.tasks import Label, MetricName, TokenClassification
@@ -89,6 +90,9 @@ class TokenClassificationHead(ClassificationHead[TokenClassification]):
         """Return each word's label, and whether the word is its row's first: (words, 2)."""
         first = [place == 0 for example in examples for place in range(example.outputs)]
         return np.stack([super().truth(examples), np.array(first, dtype=np.float64)], axis=1)
+
+    def answer(self, judged: Tensor) -> Answer:
+        return WordsAnswer(words=[self.label_answer(logits) for logits in judged])
 
     def metric(self, name: MetricName) -> Metric:
         """Return a metric of words, as of rows in classification, or F1 of entities."""

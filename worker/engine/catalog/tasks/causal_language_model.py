@@ -37,6 +37,7 @@ class CausalLanguageModel(Task):
     estimators = frozenset({"auto", "sampled", "empirical"})
     merges_heads = True
     has_classes: ClassVar[bool] = False
+    answers_rows: ClassVar[bool] = True
     is_causal: ClassVar[bool] = True
     """Whether tokens do not see those after them, which has to be so on the backbone."""
 

@@ -16,6 +16,7 @@ class Classification(Task):
     ending = "ForSequenceClassification"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1", "matthews")
     hub_metrics: ClassVar[Mapping[str, str]] = {"matthews": "matthews_correlation"}
+    answers_rows: ClassVar[bool] = True
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:

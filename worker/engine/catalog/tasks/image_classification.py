@@ -22,6 +22,7 @@ class ImageClassification(Classification):
     ending = "ForImageClassification"
     rows = ImageReader(required=("image",), optional=(), images=frozenset({"image"}))
     reads_images: ClassVar[bool] = True
+    answers_rows: ClassVar[bool] = False
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self:

@@ -20,6 +20,7 @@ class MaskedLanguageModel(CausalLanguageModel):
     of_metrics: ClassVar[Mapping[str, RowReader]] = {}
     writing_metrics = frozenset()
     is_causal: ClassVar[bool] = False
+    answers_rows: ClassVar[bool] = False
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self:

@@ -15,6 +15,7 @@ class MultiLabel(Task):
     name = "multi_label"
     ending = "ForSequenceClassification"
     metrics = ("f1", "accuracy")
+    answers_rows = True
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:

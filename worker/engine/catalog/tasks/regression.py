@@ -17,6 +17,7 @@ class Regression(Task):
     metrics = ("pearson", "spearman")
     hub_metrics: ClassVar[Mapping[str, str]] = {"pearson": "pearsonr", "spearman": "spearmanr"}
     has_classes = False
+    answers_rows = True
 
     @classmethod
     def of(cls, info: CheckpointInfo, outputs: int) -> Self | None:

@@ -60,6 +60,8 @@ class Task(ABC):
     """The hub's names of metrics, where they are others."""
     has_classes: ClassVar[bool] = True
     """Whether labels are ids of classes, which may have names."""
+    answers_rows: ClassVar[bool] = False
+    """Whether a model's answers to single rows can be told, see `HeadKind.answered`."""
 
     outputs: int
     """Width of the logits."""
@@ -142,6 +144,14 @@ class Task(ABC):
     def f1_is_of_one(self) -> bool:
         """Whether F1 is that of label 1 alone."""
         return False
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The labels' names by id; transformers' own, such as `LABEL_0`, where there is none that is certain."""
+        found = {} if self.contradiction else {index: name for name, index in reversed(self.label_ids.items())}
+        own = [f"LABEL_{index}" for index in range(self.outputs)]
+        names = [found.get(index, name) for index, name in enumerate(own)]
+        return names if len(set(names)) == len(names) else own
 
     @cached_property
     def by_normal_name(self) -> dict[str, set[int]]:
