@@ -275,7 +275,7 @@ def new_service(tmp_path: Path, tiny_inputs: Path) -> Iterator[Callable[..., Ser
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_inputs: Path) -> Iterator[Service]:
     """One running service for the tests that leave it as they found it."""
-    service = make_service(tmp_path_factory.mktemp("service"), tiny_inputs)
+    service = make_service(tmp_path_factory.mktemp("service"), tiny_inputs, MASKMERGE_PREDICT_SECONDS=str(HANGS_S))
     service.start()
     yield service
     before = service.processes()

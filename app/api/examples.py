@@ -27,6 +27,7 @@ from app.contracts.webhooks import (
     ReceiverTestOutcome,
     WebhookEvent,
 )
+from worker.engine.catalog.contracts.prediction import LabelAnswer, Prediction, RowPrediction
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult, ModelResult, Timings
 from worker.engine.catalog.methods import METHODS
 
@@ -81,6 +82,7 @@ def _answers() -> Iterator[BaseModel]:
     ]
     yield Listing(files=files, archive=f"/jobs/{JOB_ID}/archive")
     yield _scores()
+    yield _prediction()
     yield UploadStatus(
         sha256=SHA256,
         kind="file",
@@ -252,3 +254,13 @@ def _scores() -> ScoresPage:
         href=f"/scores/{SHA256}",
     )
     return ScoresPage(data=[entry], next=None)
+
+
+def _prediction() -> Prediction:
+    def answer(sports: float) -> LabelAnswer:
+        return LabelAnswer(label="sports", probabilities={"sports": sports, "business": round(1 - sports, 2)})
+
+    return Prediction(
+        task="classification",
+        rows=[RowPrediction(expert=answer(0.98), average=answer(0.71), merged=answer(0.95))],
+    )

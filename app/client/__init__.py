@@ -18,6 +18,7 @@ from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
 from app.contracts.webhooks import CreatedSecret, Delivery, DeliveryState, ReceiverTestOutcome
+from worker.engine.catalog.contracts.prediction import Prediction
 from worker.engine.catalog.contracts.report import MergeResult, MergeSummary, MetricResult, ScoreResult
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "NewKey",
     "NoService",
     "Plan",
+    "Prediction",
     "Progress",
     "ReceiverTestOutcome",
     "Refused",

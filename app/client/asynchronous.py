@@ -1,6 +1,6 @@
 """The client for programs with an event loop (asyncio)."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from httpx_sse import EventSource
 
 from app.client import calls, downloads, steps, transport, uploads
 from app.client.blocking import Client
-from app.client.calls import Call, Recipe
+from app.client.calls import Call, Recipe, Row
 from app.client.downloads import OnBytes
 from app.client.errors import Refused, Unreachable
 from app.client.steps import Do, Emit, Next, Open, Send, Sleep, Step, Steps, proceed
@@ -26,6 +26,7 @@ from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
 from app.contracts.webhooks import CreatedSecret, Delivery, ReceiverTestOutcome
+from worker.engine.catalog.contracts.prediction import Prediction
 
 Answer = TypeVar("Answer")
 
@@ -100,6 +101,11 @@ class AsyncClient:
 
     async def retry(self, job_id: str) -> Job:
         return await self._send(calls.retry(job_id))
+
+    async def predict(
+        self, job_id: str, model: str, rows: Sequence[Row], *, max_new_tokens: int | None = None
+    ) -> Prediction:
+        return await self._send(calls.predict(job_id, model, rows, max_new_tokens))
 
     async def delete(self, job_id: str) -> None:
         await self._send(calls.delete(job_id))

@@ -1,7 +1,7 @@
 """The client for programs without an event loop."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from httpx_retries import retry_request
 from httpx_sse import EventSource
 
 from app.client import calls, downloads, steps, transport, uploads
-from app.client.calls import Call, Recipe
+from app.client.calls import Call, Recipe, Row
 from app.client.downloads import OnBytes
 from app.client.errors import Refused, Unreachable
 from app.client.steps import Do, Emit, Next, Open, Send, Sleep, Step, Steps, proceed
@@ -24,6 +24,7 @@ from app.contracts.methods import MethodDescription
 from app.contracts.plans import Plan
 from app.contracts.scores import ScoresEntry
 from app.contracts.webhooks import CreatedSecret, Delivery, ReceiverTestOutcome
+from worker.engine.catalog.contracts.prediction import Prediction
 
 Answer = TypeVar("Answer")
 
@@ -136,6 +137,16 @@ class Client:
     def retry(self, job_id: str) -> Job:
         """Queue a failed or cancelled job again, and return it. Raises Refused (409 `conflict`) when it is neither."""
         return self._send(calls.retry(job_id))
+
+    def predict(self, job_id: str, model: str, rows: Sequence[Row], *, max_new_tokens: int | None = None) -> Prediction:
+        """Try a merge that has succeeded: answers of one of its experts, the plain average and the merge to a few rows.
+
+        Args:
+            model: name of the expert in the job's request.
+            rows: texts, or columns by name.
+            max_new_tokens: largest number of tokens that a language model writes; None leaves it to the service.
+        """
+        return self._send(calls.predict(job_id, model, rows, max_new_tokens))
 
     def delete(self, job_id: str) -> None:
         """Remove a job that has ended, with its artifact. Raises Refused (409 `conflict`) while it has not."""

@@ -19,6 +19,7 @@ from app.contracts.plans import Plan
 from app.contracts.scores import ScoresPage
 from app.contracts.uploads import Kind, UploadStatus
 from app.contracts.webhooks import CreatedSecret, Delivery, DeliveryLog, NewSecret, ReceiverTestOutcome
+from worker.engine.catalog.contracts.prediction import Prediction
 from worker.engine.catalog.primitives.strict import IGNORE_UNKNOWN
 
 Answer = TypeVar("Answer")
@@ -26,10 +27,14 @@ Model = TypeVar("Model", bound=BaseModel)
 Recipe = Mapping[str, Any] | str | bytes | BaseModel
 """A request: a dictionary or the text of YAML or JSON, also mergekit's, or a `MergeRequest` or `ScoreRequest`."""
 
+Row = str | Mapping[str, Any]
+"""A row as a text, or as columns by name."""
+
 JSON = "application/json"
 YAML = "application/yaml"
 MERGEKIT_KEY = "merge_method"
 """Key that a recipe of mergekit has, and none of the service's own."""
+LONGEST_PREDICTION_S = 620.0  # the service answers within its own limit, which is 600 s at most
 IDEMPOTENCY_KEY = "Idempotency-Key"
 REPEATABLE = ("GET", "HEAD", "PUT", "DELETE")
 """Methods of which a second request does nothing that the first has not done."""
@@ -45,6 +50,8 @@ class Call(Generic[Answer]):
     params: Sequence[tuple[str, str]] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes | None = None
+    timeout_s: float | None = None
+    """Seconds to wait for each part of the answer; None: as long as for all others."""
 
     @property
     def request(self) -> dict[str, Any]:
@@ -55,6 +62,7 @@ class Call(Generic[Answer]):
             "params": list(self.params) or None,
             "headers": dict(self.headers),
             "content": self.content,
+            **({} if self.timeout_s is None else {"timeout": self.timeout_s}),
         }
 
     @property
@@ -98,6 +106,17 @@ def cancel(job_id: str) -> Call[Job]:
 
 def retry(job_id: str) -> Call[Job]:
     return Call("POST", f"/jobs/{_part(job_id)}/retry", _model(Job))
+
+
+def predict(job_id: str, model: str, rows: Sequence[Row], max_new_tokens: int | None) -> Call[Prediction]:
+    asked = {
+        "model": model,
+        "rows": list(rows),
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
+    }
+    content, media_type = body(asked)
+    path, headers = f"/jobs/{_part(job_id)}/predict", {"Content-Type": media_type}
+    return Call("POST", path, _model(Prediction), headers=headers, content=content, timeout_s=LONGEST_PREDICTION_S)
 
 
 def delete(job_id: str) -> Call[None]:

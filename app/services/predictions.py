@@ -94,7 +94,7 @@ class Predictions:
 def require_merge(record: Record) -> None:
     """Raise ProblemError where a job is no merge that has succeeded."""
     if record.kind is not JobKind.MERGE:
-        raise ProblemError(Problem.CONFLICT, f"job {record.id} made scores; only a merge has models to try")
+        raise ProblemError(Problem.CONFLICT, f"job {record.id} is one of scores; only a merge can be tried")
     if record.status is not Status.SUCCEEDED:
         detail = f"job {record.id} is {record.status.value}; its models can be tried when it has succeeded"
         raise ProblemError(Problem.CONFLICT, detail)

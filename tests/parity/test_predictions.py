@@ -17,10 +17,12 @@ from transformers import (
 
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts
 from tests.tiny_families import DECODERS, ENCODER_DECODERS, TINY_BERT, TinyFamily
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.contracts.prediction import PredictionSpec, RowPrediction
 from worker.engine.catalog.contracts.spec import CheckpointSpec
 from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, InvalidDataset, InvalidRequest
 from worker.engine.jobs.engine import Engine
+from worker.engine.models.loading import LoadedModel
 
 TEXTS = tiny_texts(3, 4, longest=12)
 NEW = 6
@@ -91,7 +93,9 @@ def assert_side_by_side(
                 wanted = answer(model, tokenizer, row)
             given = getattr(answers, version).model_dump()
             texts, numbers = parts(wanted)
-            assert parts(given) == (texts, pytest.approx(numbers, rel=1e-4, abs=1e-5)), version
+            told, values = parts(given)
+            assert told == texts, version
+            assert values == pytest.approx(numbers, rel=1e-4, abs=1e-5), version
             seen.add(json.dumps(given))
     assert len(seen) > len(rows), "the models answer differently, or nothing was compared"
 
@@ -223,7 +227,12 @@ def test_models_stay_warm_and_are_made_anew_when_an_input_changes(
     before = merge.answers(TEXTS)
     loaded: list[str] = []
     fresh = engine._lasting.models.fresh
-    monkeypatch.setattr(engine._lasting.models, "fresh", lambda info: loaded.append(info.source) or fresh(info))
+
+    def seen(info: CheckpointInfo) -> LoadedModel:
+        loaded.append(info.source)
+        return fresh(info)
+
+    monkeypatch.setattr(engine._lasting.models, "fresh", seen)
     assert merge.answers(TEXTS) == before
     assert loaded == [], "nothing is loaded again"
     tiny_checkpoint(merge.experts[1], seed=9)

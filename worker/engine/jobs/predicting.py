@@ -4,6 +4,7 @@ The three are kept warm for the next rows, as far as there is memory for them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
@@ -44,6 +45,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
         InvalidDataset: a row does not suit the task, or is longer than a model reads; the message names the row.
         InvalidCheckpoint: an input of the merge is not what it was.
     """
+    context = replace(context, precision="float32")  # as transformers computes, whatever the job was measured in
     inputs = Inputs(spec, context.views, context.on_progress)
     base = inputs.checkpoint(spec.base) if spec.base else None
     checkpoints = [inputs.checkpoint(model, base) for model in spec.models]
@@ -53,7 +55,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
     states = InputStates.of([*plan.all_checkpoints, merged_info])
     task = _task(info)
     # Nothing is measured, whatever the job measured.
-    needs = spec.model_copy(update={"method": AverageParameters(precision=spec.method.precision)})
+    needs = spec.model_copy(update={"method": AverageParameters()})
     require_memory_of_job(plan, needs, context, longest_row=1)
     expert = context.models.get(info)
     evaluation = _evaluation(spec, task)

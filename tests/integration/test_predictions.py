@@ -1,0 +1,130 @@
+"""Requests to try a merge: who may send them, and what they hear where no worker answers."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from redis import Redis
+
+from app.contracts.api_keys import NewKey, Scope
+from app.contracts.jobs import JobError, JobKind
+from app.contracts.predictions import PredictionOutcome
+from app.contracts.settings import Settings
+from app.main import create_app
+from app.services.predictions import MOST_WAITING
+from app.storage.api_keys import ApiKeys
+from app.storage.artifacts.folder import FolderStore
+from app.storage.jobs import JobStore
+from app.storage.records import NewJob
+from tests.conftest import BASE_URL, HERE, RESULT, Answer, assert_problem, wait_until
+
+PREFIX = "predicting"
+SECONDS = 0.3
+BODY = {"model": "m", "rows": ["a text"]}
+
+
+@pytest.fixture(scope="module")
+def api(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The API without a worker. Its Redis is emptied between tests."""
+    data = tmp_path_factory.mktemp("predictions")
+    settings = Settings(redis_url=SecretStr(redis_url), data_dir=data, queue=PREFIX, predict_seconds=SECONDS)
+    with TestClient(create_app(settings), BASE_URL, client=HERE) as client:
+        client.app.state.data = data  # type: ignore[attr-defined]
+        yield client
+
+
+@pytest.fixture
+def store(redis: Redis) -> JobStore:
+    return JobStore(redis, PREFIX, 10, 5)
+
+
+def merge(api: TestClient, store: JobStore, tenant: str = "default") -> str:
+    """A job that has succeeded, of a model m, whose artifact has no files."""
+    request = {"method": {"name": "average"}, "models": [{"name": "m", "checkpoint": "local:m"}]}
+    job_id = store.records.create(NewJob(request, "merge", tenant=tenant)).job_id
+    attempt = store.tasks.claim("worker")
+    assert attempt is not None
+    artifacts = FolderStore(api.app.state.data)  # type: ignore[attr-defined]
+    (artifacts.begin(attempt) / "manifest.json").write_text('{"files": []}')
+    assert store.tasks.succeed(attempt, RESULT, artifacts.publish(attempt))
+    return job_id
+
+
+def test_without_a_worker_there_is_no_answer_in_time_and_nothing_is_left(
+    api: TestClient, store: JobStore, redis: Redis
+) -> None:
+    job_id = merge(api, store)
+    began = time.monotonic()
+    answer = api.post(f"/jobs/{job_id}/predict", json=BODY)
+    assert_problem(answer, 504, "no_answer")
+    assert time.monotonic() - began >= SECONDS
+    assert "within 0.3 s (MASKMERGE_PREDICT_SECONDS): none is alive" in answer.json()["detail"]
+    assert [name for name in redis.scan_iter("*") if "prediction" in name and not name.startswith("rq:queues")] == []
+    store.workers.beat("w", 60)
+    assert "they are at work" in api.post(f"/jobs/{job_id}/predict", json=BODY).json()["detail"]
+
+
+def test_the_worker_s_outcome_is_the_answer(api: TestClient, store: JobStore, redis: Redis) -> None:
+    job_id = merge(api, store)
+
+    def answered(**error: object) -> Answer:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(api.post, f"/jobs/{job_id}/predict", json=BODY)
+            [name] = wait_until(lambda: redis.lrange(f"rq:queue:{PREFIX}-predictions", 0, -1), "the order")
+            order = store.predictions.take(name)
+            assert order is not None
+            assert (order.job, order.merged, order.request.rows) == (job_id, "model", BODY["rows"])
+            assert store.predictions.take(name) is None, "each order is one worker's"
+            outcome = PredictionOutcome(error=JobError.model_validate({"message": "no", **error}))
+            store.predictions.answer(name, outcome, 5)
+            return answer.result()
+
+    outcomes: list[tuple[dict[str, Any], int, str, str | None]] = [
+        ({"code": "invalid_dataset", "detail": {"row": 1}}, 422, "invalid_dataset", "rows.0"),
+        ({"code": "invalid_request", "detail": {"field": "model", "available": False}}, 422, "not_available", "model"),
+        ({"code": "invalid_checkpoint"}, 422, "invalid_checkpoint", None),
+        ({"code": "storage_error"}, 503, "storage_unavailable", None),
+        ({"code": "out_of_memory"}, 500, "prediction_failed", None),
+        ({"code": "timeout"}, 504, "no_answer", None),
+    ]
+    for error, status, code, field in outcomes:
+        response = answered(**error)
+        assert_problem(response, status, code)
+        assert [one["field"] for one in response.json()["errors"]] == ([field] if field else [])
+
+
+def test_only_merges_that_have_succeeded_are_tried(api: TestClient, store: JobStore) -> None:
+    waiting = store.records.create(NewJob({"models": []}, "waits")).job_id
+    assert_problem(api.post(f"/jobs/{waiting}/predict", json=BODY), 409, "conflict")
+    assert store.records.cancel(waiting)
+    scores = store.records.create(NewJob({"models": []}, "scores", kind=JobKind.SCORES)).job_id
+    answer = api.post(f"/jobs/{scores}/predict", json=BODY)
+    assert_problem(answer, 409, "conflict")
+    assert "is one of scores" in answer.json()["detail"]
+
+
+def test_so_many_wait_and_no_more(api: TestClient, store: JobStore, redis: Redis) -> None:
+    job_id = merge(api, store)
+    redis.rpush(f"rq:queue:{PREFIX}-predictions", *map(str, range(MOST_WAITING)))
+    answer = api.post(f"/jobs/{job_id}/predict", json=BODY)
+    assert_problem(answer, 503, "too_busy")
+    assert answer.headers["Retry-After"]
+
+
+def test_merges_are_tried_by_who_may_write_in_their_tenant(api: TestClient, store: JobStore, redis: Redis) -> None:
+    job_id = merge(api, store, "search")
+    keys = ApiKeys(redis, PREFIX)
+
+    def asked(tenant: str, scope: Scope) -> int:
+        key = keys.create(NewKey(tenant=tenant, scopes=[scope]))
+        headers = {"Authorization": f"Bearer {key.key}"}
+        return api.post(f"/jobs/{job_id}/predict", json=BODY, headers=headers).status_code
+
+    assert asked("search", Scope.WRITE) == 504
+    assert asked("search", Scope.READ) == 403
+    assert asked("ads", Scope.ADMIN) == 404
+    assert api.post(f"/jobs/{job_id}/predict", json=BODY).status_code == 401
