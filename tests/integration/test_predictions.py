@@ -1,18 +1,23 @@
 """Requests to try a merge: who may send them, and what they hear where no worker answers."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from redis import Redis
 
 from app.contracts.api_keys import NewKey, Scope
-from app.contracts.jobs import JobError, JobKind
-from app.contracts.predictions import PredictionOutcome
+from app.contracts.jobs import ErrorCode, JobError, JobKind, Status
+from app.contracts.predictions import PredictionOrder, PredictionOutcome, PredictionRequest
+from app.contracts.requests import MergeRequest
 from app.contracts.settings import Settings
 from app.main import create_app
 from app.services.predictions import MOST_WAITING
@@ -20,7 +25,12 @@ from app.storage.api_keys import ApiKeys
 from app.storage.artifacts.folder import FolderStore
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
+from app.storage.searches import SearchFolder
 from tests.conftest import BASE_URL, HERE, RESULT, Answer, assert_problem, wait_until
+from worker.__main__ import _of_tenant
+from worker.engine_process import EngineProcess
+from worker.predicting import Predictor
+from worker.tasks import Storage
 
 PREFIX = "predicting"
 SECONDS = 0.3
@@ -128,3 +138,49 @@ def test_merges_are_tried_by_who_may_write_in_their_tenant(api: TestClient, stor
     assert asked("search", Scope.READ) == 403
     assert asked("ads", Scope.ADMIN) == 404
     assert api.post(f"/jobs/{job_id}/predict", json=BODY).status_code == 401
+
+
+def test_an_engine_that_is_too_slow_is_given_up_and_its_end_is_told(
+    redis: Redis, redis_url: str, store: JobStore, tiny_inputs: Path, tmp_path: Path
+) -> None:
+    """The order has a deadline of its own, and the engine process stands still."""
+    settings = Settings(redis_url=SecretStr(redis_url), data_dir=tmp_path, queue=PREFIX, local_roots=(tiny_inputs,))
+    artifacts = FolderStore(tmp_path)
+    artifacts.prepare()
+    models = [{"name": name, "checkpoint": f"local:checkpoints/{name}"} for name in ("a", "b")]
+    request = MergeRequest.model_validate({"method": {"name": "average"}, "models": models}).model_dump(mode="json")
+    job_id = store.records.create(NewJob(request, "merge")).job_id
+    attempt = store.tasks.claim("worker")
+    assert attempt is not None
+    folder = artifacts.begin(attempt)
+    shutil.copytree(tiny_inputs / "checkpoints" / "a", folder / "model")
+    (folder / "manifest.json").write_text('{"files": []}')
+    assert store.tasks.succeed(attempt, RESULT, artifacts.publish(attempt))
+    storage = Storage(store, partial(_of_tenant, settings, store, artifacts), artifacts, SearchFolder(tmp_path))
+    engine = EngineProcess(1)
+    predictor = Predictor(storage, engine, lambda: True, lambda: False)
+
+    def outcome(seconds: float) -> PredictionOutcome:
+        asked = PredictionRequest(model="a", rows=["a text"])
+        deadline = store.clock() + int(1000 * seconds)
+        order = PredictionOrder(job=job_id, merged="model", request=asked, deadline_ms=deadline, request_id=None)
+        name = store.predictions.put(order, 60)
+        predictor.run(name)
+        [text] = redis.lrange(store.predictions.outcome_key(name), 0, -1)
+        return PredictionOutcome.model_validate_json(text)
+
+    engine.start()
+    try:
+        psutil.Process(engine.pid).suspend()
+        late = outcome(1).error
+        assert late is not None
+        assert (late.code, late.retryable) == (ErrorCode.TIMEOUT, True)
+        assert not engine.is_well()
+        after = outcome(60).error
+        assert after is not None
+        assert after.message == "the engine process ended while it answered; ask again"
+    finally:
+        engine.kill()
+    record = store.records.get(job_id)
+    assert record is not None
+    assert (record.attempt, record.status) == (1, Status.SUCCEEDED)
