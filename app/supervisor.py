@@ -14,13 +14,13 @@ from pathlib import Path
 from types import FrameType
 
 import httpx
-from redis import Redis
 
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
 from app.embedded_redis import EmbeddedRedis, wait_for
 from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
+from app.storage.connection import connect_for_answers
 from app.storage.data_folder import lock
 from app.storage.keys import Keys
 from app.storage.versions import upgrade_folder, upgrade_redis
@@ -76,7 +76,7 @@ class Supervisor:
         _check_free(self._settings.host, self._settings.port)
         Certificate.of(self._settings)  # raises what would keep the API from starting
         with self.started(Child("api", [sys.executable, "-m", "app.cli", "api"])) as url:
-            with Redis.from_url(url, decode_responses=True) as redis:
+            with connect_for_answers(url) as redis:
                 ApiKeys(redis, self._settings.prefix).require(self._settings)
             ask_at: float | None = time.monotonic()
             while not self._stopping:
@@ -100,7 +100,7 @@ class Supervisor:
         try:
             upgrade_folder(data_dir)
             url = self._start_redis(data_dir)
-            with Redis.from_url(url, decode_responses=True) as redis:
+            with connect_for_answers(url) as redis:
                 upgrade_redis(redis, Keys(self._settings.prefix))
             self._variables = self._environment(url, data_dir)
             self._children.extend(others)

@@ -133,7 +133,9 @@ def run(settings: Settings) -> int:
     if settings.redis_url is None:
         print("MASKMERGE_REDIS_URL is not set", file=sys.stderr)  # noqa: T201
         return 2
+    url = settings.redis_url.get_secret_value()
     try:
+        redis = connect(url, patience=3)
         artifacts = open_artifacts(settings.artifact_store, settings.data_dir, settings.object_storage)
         signing_key = None
         if settings.signing_key:
@@ -144,10 +146,15 @@ def run(settings: Settings) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return 2
     hide(*settings.hidden_folders)
-    url = settings.redis_url.get_secret_value()
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    redis = connect(url, patience=3)
-    store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses, limits=settings.limits)
+    store = JobStore(
+        redis,
+        settings.prefix,
+        settings.lease_seconds,
+        settings.max_losses,
+        limits=settings.limits,
+        replicas=settings.replicas,
+    )
     artifacts.prepare()
     try:
         upgrade_folder(settings.data_dir)

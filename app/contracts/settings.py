@@ -83,7 +83,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="MASKMERGE_", use_attribute_docstrings=True, frozen=True)
 
     redis_url: SecretStr | None = None
-    """Redis to use, as redis://, rediss:// or unix:// URL; `maskmerge serve` starts its own when this is not set."""
+    """Redis to use, as redis://, rediss:// or unix:// URL, or redis+sentinel://HOST:PORT,HOST:PORT/SERVICE;
+    `maskmerge serve` starts its own when this is not set."""
+    redis_replicas: Annotated[int, Field(ge=0, le=10)] | None = None
+    """Number of replicas of Redis that must have a change of a job before it counts, so that it outlasts the loss of
+    the server that takes writes. When not set, 1 with Sentinel and 0 without."""
     data_dir: Path = Path("maskmerge-data")
     """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
     artifact_store: str = "folder"
@@ -319,6 +323,14 @@ class Settings(BaseSettings):
         host = anywhere.get(self.host, self.host)
         scheme = "http" if self.tls_certificate is None else "https"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def replicas(self) -> int:
+        """Number of Redis' replicas that must have a change of a job before it counts."""
+        if self.redis_replicas is not None:
+            return self.redis_replicas
+        has_sentinel = self.redis_url is not None and "+sentinel://" in self.redis_url.get_secret_value()
+        return 1 if has_sentinel else 0
 
     @property
     def hidden_folders(self) -> tuple[Path, ...]:

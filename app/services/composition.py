@@ -70,7 +70,7 @@ def compose(settings: Settings) -> Services:
     """Make the services.
 
     Raises:
-        ValueError: no Redis is named, or no store of artifacts.
+        ValueError: no Redis is named, or something that is none, or no store of artifacts.
         NewerData: a newer release has written the data folder.
     """
     if settings.redis_url is None:
@@ -85,6 +85,7 @@ def compose(settings: Settings) -> Services:
         settings.max_losses,
         retention_seconds=settings.job_retention,
         limits=settings.limits,
+        replicas=settings.replicas,
     )
     dispatching = connect_for_dispatching(url)
     queue = TaskQueue(dispatching, settings.queue, store)

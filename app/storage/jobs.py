@@ -26,6 +26,7 @@ class JobStore:
 
     Args:
         clock: the clock of Redis by default, so that the machines of a deployment need not agree on the time.
+        replicas: number of Redis' replicas that must have a change of a job before it counts.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class JobStore:
         clock: Clock | None = None,
         retention_seconds: float | None = None,
         limits: TenantLimits = UNLIMITED,
+        replicas: int = 0,
     ) -> None:
         keys = Keys(prefix)
-        scripts = JobScripts(redis, keys, clock)
+        scripts = JobScripts(redis, keys, clock, replicas)
         self.clock = scripts.clock
         self.records = Records(redis, keys, scripts, retention_seconds, limits)
         self.tasks = Tasks(redis, keys, scripts, lease_seconds, max_losses, limits)

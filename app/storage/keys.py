@@ -162,6 +162,11 @@ class Keys:
         return self._key("workers")
 
     @property
+    def replicated(self) -> str:
+        """Name what is written last, so that replicas that have it have everything before."""
+        return self._key("replicated")
+
+    @property
     def sums(self) -> str:
         """Hash of the sums that metrics tell, by the name of the metric and the values of its labels."""
         return self._key("sums")

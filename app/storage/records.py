@@ -186,6 +186,8 @@ class Records:
     def remembered(self, tenant: str, once: Idempotency) -> Created | None:
         """Return the job that a tenant's key made before, if there is one."""
         before = self._redis.get(self._remembering(tenant, once))
+        if before:
+            self._scripts.check_replicas()  # whoever asks again may have heard that they do not have the job
         return _earlier(str(before), once.digest) if before else None
 
     def require_place(self, tenant: str) -> None:

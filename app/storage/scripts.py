@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from redis import Redis
+from redis.client import Pipeline
 from redis.commands.core import Script
+from redis.exceptions import RedisError
 
 from app.contracts.api_keys import DEFAULT_TENANT
 from app.contracts.jobs import JobKind, Stage, Status
 from app.contracts.limits import HIGHEST_PRIORITY
 from app.storage.keys import Keys
 
+READING = ("counts", "startable")
+"""Scripts that change nothing."""
+REPLICATED_S = 1.0  # less than callers of the API wait for an answer of Redis
 Clock = Callable[[], int]
 """Returns milliseconds since the epoch."""
 
@@ -33,16 +38,22 @@ SUMMARY_FIELDS = (
 )  # fmt: skip
 
 
+class NotReplicated(RedisError):
+    """A change is in Redis, and too few replicas have it: if that server were lost now, the change might be too."""
+
+
 class JobScripts:
     """Runs the scripts in `app/storage/lua`, each of which begins with `prelude.lua` and `queue.lua`.
 
     Args:
         redis: a client with decode_responses.
         clock: the clock of Redis by default, so that the machines of a deployment need not agree on the time.
+        replicas: number of replicas that must have a change before it counts.
     """
 
-    def __init__(self, redis: Redis, keys: Keys, clock: Clock | None = None) -> None:
+    def __init__(self, redis: Redis, keys: Keys, clock: Clock | None = None, replicas: int = 0) -> None:
         self._redis = redis
+        self._replicas = replicas
         self._keys = keys
         self._beginning = _constants(keys) + source("prelude") + source("queue")
         self._scripts: dict[str, Script] = {}
@@ -53,13 +64,37 @@ class JobScripts:
 
         Args:
             job_id: '' for a script that finds its job itself, which it does with `work_on` of `queue.lua`.
+
+        Raises redis exceptions; of these, NotReplicated after a change that too few replicas have.
         """
         if name not in self._scripts:
             self._scripts[name] = self._redis.register_script(self._beginning + source(name))
         names = self._keys
         shared = [names.record(job_id), names.result(job_id), names.events(job_id), names.progress(job_id)]
         every = [*shared, names.deadlines, *keys, names.deliveries(job_id)]
-        return self._scripts[name](keys=every, args=[self.clock(), *arguments])
+        arguments = [self.clock(), *arguments]
+        if self._replicas == 0 or name in READING:
+            return self._scripts[name](keys=every, args=arguments)
+        with self._redis.pipeline(transaction=False) as calls:
+            self._scripts[name](keys=every, args=arguments, client=calls)
+            return self._replicated(calls)[0]
+
+    def check_replicas(self) -> None:
+        """Raise NotReplicated if what was written up to now has not reached as many replicas as it must."""
+        if self._replicas:
+            with self._redis.pipeline(transaction=False) as calls:
+                self._replicated(calls)
+
+    def _replicated(self, calls: Pipeline) -> list[Any]:
+        """Make calls, on one connection, and return their outcomes once enough replicas have what they wrote."""
+        # Redis waits for what this connection wrote. A script that is repeated writes nothing, and what it wrote the
+        # first time must have arrived all the same.
+        calls.set(self._keys.replicated, 1)
+        calls.wait(self._replicas, int(REPLICATED_S * 1000))
+        *outcomes, _, reached = calls.execute()
+        if reached < self._replicas:
+            raise NotReplicated(f"{reached} of at least {self._replicas} replicas have what was written")
+        return outcomes
 
 
 def redis_clock(redis: Redis) -> Clock:

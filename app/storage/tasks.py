@@ -116,6 +116,7 @@ class Tasks:
         the highest priority comes first, then the oldest. Tasks of a tenant that runs as many as it may are left out.
         Where that is a shard, one of the checkpoint that the worker `holds` may be taken in its place.
         """
+        self._scripts.check_replicas()  # without them the attempt could not begin, and would count as lost
         claimed = self._scripts.run(
             "claim",
             "",

@@ -1,0 +1,100 @@
+"""Where Redis is: one server, or servers of which Sentinel says which one takes writes."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redis import Connection
+from redis.connection import parse_url
+from redis.credentials import CredentialProvider
+
+SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+SENTINELS = re.compile(
+    r"(?P<scheme>rediss?)\+sentinel://(?:(?P<who>[^@/?#]*)@)?(?P<hosts>[^@/?#]+)/(?P<service>[^/?#]+)(?P<rest>(?:/[0-9]*)?(?:\?.*)?)"
+)
+HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+SENTINEL_PORT = 26379
+FORM = "redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE"
+
+
+class PasswordFile(CredentialProvider):
+    """A user's password in a file, which is read for each new connection, so it can be changed without a restart."""
+
+    def __init__(self, user: str | None, path: Path) -> None:
+        self._user = user
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Return user and password. Raises OSError where the file cannot be read."""
+        password = self._path.read_text(encoding="utf-8").strip()
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
+
+@dataclass(frozen=True)
+class RedisAddress:
+    """What a URL says of connections to Redis, as redis-py takes it."""
+
+    options: dict[str, Any] = field(repr=False)
+    service: str | None = None
+    """Name by which Sentinel knows the servers; None where the URL names one server."""
+    sentinels: tuple[tuple[str, int], ...] = ()
+    sentinel_options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> "RedisAddress":
+        """Read a URL. Beside redis-py's own there are those of Sentinel, and `password_file` in any of them.
+
+        Raises ValueError where it is none, without a word of the secrets in it.
+        """
+        scheme = url.partition("://")[0]
+        if scheme not in SCHEMES:
+            raise ValueError(f"MASKMERGE_REDIS_URL begins with none of {', '.join(f'{name}://' for name in SCHEMES)}")
+        if not scheme.endswith("+sentinel"):
+            return cls(_checked(_parsed(url)))
+        found = SENTINELS.fullmatch(url)
+        if found is None:
+            raise ValueError(f"MASKMERGE_REDIS_URL is no URL of Sentinel; write it as {FORM}")
+        who = "" if found["who"] is None else f"{found['who']}@"
+        options = _parsed(f"{found['scheme']}://{who}service{found['rest']}")
+        own = {name.removeprefix("sentinel_"): options.pop(name) for name in [*options] if name.startswith("sentinel_")}
+        options, own = _checked(options), _checked(own)
+        del options["host"]
+        if options.pop("connection_class", None) is not None:
+            options["ssl"] = True
+            own |= {name: value for name, value in options.items() if name.startswith("ssl")}
+        return cls(options, found["service"], tuple(_host(text) for text in found["hosts"].split(",")), own)
+
+
+def _parsed(url: str) -> dict[str, Any]:
+    """Return what redis-py reads in a URL. Raises ValueError."""
+    try:
+        options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        raise ValueError(f"MASKMERGE_REDIS_URL: {error}") from None
+    return options
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options that redis-py has, with what reads the password's file in place of its name. Raises ValueError."""
+    path = options.pop("password_file", None)
+    if path is not None:
+        if "password" in options:
+            raise ValueError("MASKMERGE_REDIS_URL has a password and a file of one; give one of them")
+        options["credential_provider"] = PasswordFile(options.pop("username", None), Path(path))
+    made: type[Connection] = options.get("connection_class", Connection)
+    try:
+        made(**{name: value for name, value in options.items() if name != "connection_class"})  # it connects later
+    except TypeError as error:
+        raise ValueError(f"MASKMERGE_REDIS_URL has an option that is none: {error}") from None
+    return options
+
+
+def _host(text: str) -> tuple[str, int]:
+    found = HOST.fullmatch(text)
+    if found is None:
+        raise ValueError(f"MASKMERGE_REDIS_URL names '{text}', which is no HOST:PORT; write it as {FORM}")
+    return found["name"].strip("[]"), int(found["port"] or SENTINEL_PORT)
