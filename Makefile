@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install --no-compile --disable-pip-version-check -c constr
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo serve bench browser test test-long lint docs site clean
+.PHONY: help install tools demo serve bench browser test test-long chaos lint docs site clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ test: tools browser lint  ## linters, types, import contracts, and all tests but
 
 test-long: tools browser  ## every test, before a release
 	$(PYTEST)
+
+chaos: tools  ## random faults under real jobs until KILLS of them killed something (1000, which takes hours); all faults as root
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.chaos --kills $(or $(KILLS),1000)
 
 docs: tools  ## write docs/reference.md from the code
 	$(BIN)/python docs/generate.py
