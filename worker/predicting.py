@@ -4,6 +4,7 @@ import logging
 import traceback
 from collections.abc import Callable
 
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from app.contracts.jobs import ErrorCode, JobError
@@ -60,8 +61,15 @@ class Predictor:
         """Answer an order. Whatever happens, the worker lives on, and no row gets into the log."""
         try:
             order = self._store.predictions.take(name)
-            if order is None:
-                return
+        except RedisError as error:
+            logger.warning("Redis is away, and rows are not answered: %s", error)
+            return
+        except ValidationError:  # its text quotes rows
+            logger.error("rows are not answered: they come from another release of the service")
+            return
+        if order is None:
+            return
+        try:
             made_by = {"request_id": order.request_id} if order.request_id else {}
             with concerning(job=order.job, **made_by):
                 outcome = self._outcome(order)

@@ -13,6 +13,7 @@ from app.api.dependencies import CallerOf, RecordOf, ServicesOf
 from app.contracts.errors import Problem, ProblemError
 from app.contracts.events import Event, LogEntry
 from app.contracts.jobs import JobKind, PhaseName, Progress, Record, Status
+from app.contracts.predictions import MOST_ROWS
 from app.dashboard.pages import page
 from app.dashboard.recipes import ways_to_send, without_defaults
 from app.dashboard.route import DashboardRoute
@@ -66,6 +67,7 @@ def show_job(request: Request, record: RecordOf, services: ServicesOf) -> Respon
         earlier=max(0, len(events) - MOST_EVENTS),
         phases=PHASES,
         files=_files(record, services),
+        most_rows=MOST_ROWS,
         recipe=recipe,
         ways=ways_to_send(recipe, record.kind),
     )

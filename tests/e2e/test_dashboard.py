@@ -116,6 +116,20 @@ def test_a_job_s_page_has_its_report_its_files_and_a_recipe_that_makes_it_again(
         recipe = yaml.safe_load(page.get_by_role("region", name="YAML").inner_text())
         assert len(json.dumps(recipe)) < len(json.dumps(job["request"])) / 2
         assert service.post("/merge/validate", json=recipe).json()["request"] == job["request"]
+        page.get_by_label("Model", exact=True).select_option("b")
+        page.get_by_label("Texts").fill("one two\n\nthree <b>")
+        page.get_by_role("button", name="Try", exact=True).click()
+        answers = page.get_by_role("table", name="Answers to each text")
+        expect(answers.locator("tbody tr")).to_have_count(2, timeout=WAIT_MS)
+        assert answers.locator("tbody th").all_inner_texts() == ["one two", "three <b>"]
+        told = service.post(f"/jobs/{job['id']}/predict", json={"model": "b", "rows": ["one two", "three <b>"]}).json()
+        for row, right in zip(answers.locator("tbody tr").all(), told["rows"], strict=True):
+            labels = [right[version]["label"] for version in ("expert", "average", "merged")]
+            assert row.locator("td strong").all_inner_texts() == labels
+        checked(seen, service)
+        page.get_by_label("Texts").fill("w1 " * 60)
+        page.get_by_role("button", name="Try", exact=True).click()
+        expect(page.locator("#answers")).to_contain_text("it has more than the 48 tokens", timeout=WAIT_MS)
         assert seen.complaints == []
 
 

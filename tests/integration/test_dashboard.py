@@ -130,8 +130,11 @@ def test_each_tenant_sees_its_own_jobs_alone(api: TestClient, signed_in: Callabl
     for path in (f"jobs/{other}", f"jobs/{other}/report", f"jobs/{other}/archive", f"jobs/{other}/files/recipe.json",
                  f"compare?job={own}&job={other}", f"new/text?job={other}"):  # fmt: skip
         assert api.get(f"/dashboard/{path}").status_code == 404, path
-    for action in ("cancel", "retry", "delete"):
+    for action in ("cancel", "retry", "delete", "predict"):
         assert api.post(f"/dashboard/jobs/{other}/{action}").status_code == 404, action
+    form = {"model": "m", "texts": "a text"}
+    assert "its models can be tried when it has succeeded" in api.post(f"/dashboard/jobs/{own}/predict", data=form).text
+    assert "rows" in api.post(f"/dashboard/jobs/{own}/predict", data={"model": "m", "texts": " "}).text
     queue = api.get("/dashboard/queue").text
     assert "job of search" in queue
     assert "ads" not in queue
