@@ -229,6 +229,7 @@ def test_what_a_search_has_tried_is_gone_when_it_is_cancelled_while_it_waits(ser
     assert service.finished(running)["status"] == "cancelled"
 
 
+@pytest.mark.long
 def test_floors_are_kept_where_that_can_be(service: Service) -> None:
     recipe = search_recipe("average", "task_arithmetic", trials=4)
     for model, floor in zip(recipe["models"], (0.0, 2.0), strict=True):

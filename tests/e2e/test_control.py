@@ -146,6 +146,7 @@ def is_empty(folder: Path, job_id: str) -> bool:
 TIMED_OUT_S = 8  # what a job may last beyond its deadline, on a busy machine; by design it is 4.2
 
 
+@pytest.mark.long
 def test_a_job_past_its_deadline_fails_whether_it_waits_or_runs_and_the_worker_lives(service: Service) -> None:
     def timed_out() -> float:
         began = time.monotonic()

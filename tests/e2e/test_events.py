@@ -240,6 +240,7 @@ def test_no_event_is_lost_or_doubled_when_a_process_is_killed(service: Service, 
     assert statuses(seen) == ["queued", "running"] * attempts + ["succeeded"]
 
 
+@pytest.mark.long
 def test_a_service_that_stops_ends_its_streams_and_polls_in_good_order(service: Service) -> None:
     job_id = service.submit(long_recipe())
     with ThreadPoolExecutor(2) as pool:

@@ -223,6 +223,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, inputs: Path) -> Iterator[Ser
     assert service.stop() == 0
 
 
+@pytest.mark.long
 def test_two_workers_share_the_queue_and_survive_the_loss_of_one(pair: Service) -> None:
     wait_until(lambda: pair.get("/readyz").json().get("workers") == 2, "both workers")
     jobs = [pair.submit(long_recipe()) for _ in range(2)]

@@ -132,6 +132,7 @@ BODIES = {
 }
 
 
+@pytest.mark.long
 def test_health_is_told_while_twenty_bodies_are_read(besieged: Service) -> None:
     def send(media_type: str, body: bytes) -> httpx.Response:
         with besieged.http as http:

@@ -92,6 +92,7 @@ def test_what_there_is_answers_as_the_document_says(
     assert service.job(job["id"])["status"] == "succeeded"
 
 
+@pytest.mark.long
 def test_what_there_is_not_answers_as_the_document_says(service: Service, tmp_path: Path) -> None:
     find_faults(
         service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}|{REVOKE}", "--phases", "fuzzing", "-n", "3"

@@ -49,6 +49,7 @@ def test_api_and_worker_run_as_parts_against_a_redis_of_their_own(
     assert api.returncode in (0, -signal.SIGTERM)  # uvicorn shuts down and then ends as the signal asked
 
 
+@pytest.mark.long
 def test_serve_uses_the_redis_it_is_given(redis: Redis, redis_url: str, new_service: Callable[..., Service]) -> None:
     service = new_service(MASKMERGE_REDIS_URL=redis_url)
     service.start()

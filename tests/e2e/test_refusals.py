@@ -310,6 +310,9 @@ REFUSED: dict[str, tuple[Recipe, int, str, list[str]]] = {
     "object storage that no setting names": (
         changed(models__0__checkpoint="s3:bucket/a"), 422, "invalid_request", ["models.0.checkpoint"],
     ),
+    "repository of a hub that is not asked": (
+        changed(models__0__checkpoint="hf:org/name"), 422, "invalid_request", ["models.0.checkpoint", "HF_HUB_OFFLINE"],
+    ),
     "metric of another task": (
         changed(models__0__evaluation__metric="pearson"), 422, "invalid_dataset", ["pearson", "accuracy"],
     ),

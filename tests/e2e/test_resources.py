@@ -160,6 +160,7 @@ def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_na
     assert service.finished(service.submit(recipe))["status"] == "succeeded"
 
 
+@pytest.mark.long
 def test_files_that_are_put_in_the_place_of_a_checkpoints_change_nothing_for_a_job_that_runs(
     service: Service, inputs: Path
 ) -> None:

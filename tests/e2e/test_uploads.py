@@ -79,6 +79,7 @@ def offset(service: Service, content: bytes) -> int:
     return int(response.headers["Upload-Offset"]) if response else 0
 
 
+@pytest.mark.long
 def test_an_upload_goes_on_after_the_api_was_killed_in_the_middle(served: Service) -> None:
     content = os.urandom(BIG)
     connection = begun(served, content, 2 * BIG // 3)

@@ -310,7 +310,7 @@ def test_the_plans_memory_is_what_a_merge_takes(fresh: EngineProcess, tmp_path: 
     )
     planned = estimate(plan, needs)
     assert event.result.peak_memory_bytes < planned
-    assert event.result.peak_memory_bytes - idle > 0.4 * (planned - RUNTIME_BYTES)
+    assert event.result.peak_memory_bytes - idle > 0.35 * (planned - RUNTIME_BYTES)
 
 
 def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
@@ -339,7 +339,7 @@ def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
     whole, stored, streamed = (estimate(plan, replace(needs, holding=holding)) for holding in Holding)
     in_float32 = 2 * plan.checkpoints[0].nbytes
     process = psutil.Process(fresh.pid).memory_info()
-    further = in_float32 - 1
+    further = in_float32 + in_float32 // 4  # of which the open file, half as large, takes its part
     assert streamed < process.rss + further < min(stored, whole)
     resource.prlimit(fresh.pid, resource.RLIMIT_AS, (process.vms + further, process.vms + further))
     fresh.run(spec)

@@ -121,7 +121,7 @@ def _translated(repository: Repository) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ReferenceError(f"'{repository}' is not on the hub, or this service's HF_TOKEN may not see it") from error
     except OfflineModeIsEnabled as error:
-        raise SourceUnavailable("this service is kept from the hub by HF_HUB_OFFLINE; use local: references") from error
+        raise ReferenceError("this service is kept from the hub by HF_HUB_OFFLINE; use local: references") from error
     except HFValidationError as error:
         raise ReferenceError(f"'{repository}' is no repository on the hub; write hf:ORG/NAME@REVISION") from error
     except HfHubHTTPError as error:
