@@ -37,6 +37,7 @@ class ValueAnswer(Strict):
     """The answer of a model that gives a row a number."""
 
     value: float
+    """The number."""
 
 
 class WordsAnswer(Strict):
