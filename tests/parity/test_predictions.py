@@ -218,6 +218,9 @@ def test_what_does_not_fit_is_refused_by_name_and_never_quoted(engine: Engine, t
     ) as no:
         masked.answers(TEXTS)
     assert no.value.detail == {"field": "model", "available": False}
+    slices = [{"sources": [{"model": name, "layers": [0, 1]}]} for name in ("a", "b")]
+    with pytest.raises(InvalidRequest, match="a merge of slices has layers of several models"):
+        engine.predict(merge.asked(TEXTS, slices=slices), silent)
 
 
 def test_models_stay_warm_and_are_made_anew_when_an_input_changes(

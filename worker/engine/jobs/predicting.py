@@ -41,7 +41,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
     """Answer rows with the expert, the plain average and the merge.
 
     Raises:
-        InvalidRequest: the model's task is none whose answers are told.
+        InvalidRequest: the model's task is none whose answers are told, or the merge is one of slices.
         InvalidDataset: a row does not suit the task, or is longer than a model reads; the message names the row.
         InvalidCheckpoint: an input of the merge is not what it was.
     """
@@ -54,6 +54,9 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
     info, merged_info = plan.checkpoints[names.index(spec.model)], inputs.checkpoint(spec.merged)
     states = InputStates.of([*plan.all_checkpoints, merged_info])
     task = _task(info)
+    if plan.family is None:
+        problem = "a merge of slices has layers of several models, so no expert and no average is beside it"
+        raise InvalidRequest(f"{problem}; download it and run it", available=False)
     # Nothing is measured, whatever the job measured.
     needs = spec.model_copy(update={"method": AverageParameters()})
     require_memory_of_job(plan, needs, context, longest_row=1)

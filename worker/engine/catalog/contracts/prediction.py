@@ -65,8 +65,8 @@ class RowPrediction(Strict):
     expert: Answer
     """Answer of the model itself."""
     average: Answer
-    """Answer of the unweighted average of the models that take part in the merge, with the expert's head where heads
-    are not merged."""
+    """Answer of the unweighted average of the models that take part in the merge, with the expert's own head unless
+    that is a language model's."""
     merged: Answer
     """Answer of the merge, as it is in the artifact."""
 
