@@ -14,7 +14,10 @@ def problem(settings: Settings) -> str | None:
     """Say what is wrong, or return None."""
     if settings.redis_url is None:
         return "MASKMERGE_REDIS_URL is not set"
-    redis = connect(settings.redis_url.get_secret_value(), patience=0, timeout_s=3)
+    try:
+        redis = connect(settings.redis_url.get_secret_value(), patience=0, timeout_s=3)
+    except ValueError as error:
+        return str(error)
     store = JobStore(redis, settings.prefix, settings.lease_seconds, settings.max_losses)
     host = socket.gethostname()
     try:

@@ -34,6 +34,8 @@ def serve(
     settings = configured(
         "supervisor", data_dir=data_dir, local_roots=local_root or None, workers=workers, host=host, port=port
     )
+    from redis.exceptions import RedisError
+
     from app.embedded_redis import NoRedisServer
     from app.storage.data_folder import DataDirInUse
     from app.storage.versions import NewerData
@@ -49,6 +51,8 @@ def serve(
         raise Stop(str(error), Exit.NEWER_DATA) from error
     except (DataDirInUse, NoRedisServer, ValueError, OSError) as error:
         raise Stop(str(error)) from error
+    except RedisError as error:
+        raise Stop(f"Redis does not answer: {error}") from error
 
 
 def api(host: Host = None, port: Port = None) -> None:

@@ -5,12 +5,13 @@ from typing import Any, TypeVar, cast
 
 from redis import ConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection, asyncio
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import MasterNotFoundError as AsyncMasterNotFoundError
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, TimeoutError
 from redis.retry import Retry
-from redis.sentinel import Sentinel, SentinelManagedConnection
+from redis.sentinel import MasterNotFoundError, Sentinel, SentinelManagedConnection
 
 from app.storage.redis_address import RedisAddress
 
@@ -18,6 +19,7 @@ ANSWER_S = 1.5  # callers of the API hear within 2 s that Redis does not answer
 HUNG_S = 1.0  # time for which nobody else waits after that
 SENTINEL_S = 0.5  # the next of them is asked when one has not answered
 SENTINEL_PATIENCE: dict[str, Any] = {"socket_timeout": SENTINEL_S, "socket_connect_timeout": SENTINEL_S}
+NO_SERVER = "no process of Sentinel answers that knows a server of '{}' that takes writes"
 ASYNC = {
     SSLConnection: asyncio.SSLConnection,
     UnixDomainSocketConnection: asyncio.UnixDomainSocketConnection,
@@ -105,7 +107,7 @@ def connect_for_watching(url: str, *, most: int, longest_wait_s: float) -> "asyn
         pool = asyncio.BlockingConnectionPool(**options)
     else:
         of_sentinel = SENTINEL_PATIENCE | address.sentinel_options
-        sentinel = AsyncSentinel(address.sentinels, sentinel_kwargs=of_sentinel)  # type: ignore[no-untyped-call]
+        sentinel = _AsyncWatch(address.sentinels, sentinel_kwargs=of_sentinel)  # type: ignore[no-untyped-call]
         pool = _WaitingSentinelPool(address.service, sentinel, **options)  # type: ignore[no-untyped-call]
     return asyncio.Redis.from_pool(pool)
 
@@ -128,7 +130,7 @@ def _client(kind: type[Client], url: str, **options: Any) -> Client:
     if address.service is None:
         return cast(Client, kind.from_pool(ConnectionPool(**options)))
     of_sentinel = SENTINEL_PATIENCE | address.sentinel_options
-    sentinel = Sentinel(address.sentinels, sentinel_kwargs=of_sentinel)  # type: ignore[no-untyped-call]
+    sentinel = _Watch(address.sentinels, sentinel_kwargs=of_sentinel)  # type: ignore[no-untyped-call]
     made = _SecuredSentinelConnection if options.pop("ssl", False) else _SentinelConnection
     client = sentinel.master_for(  # type: ignore[no-untyped-call]
         address.service, redis_class=kind, connection_class=made, **options
@@ -148,3 +150,21 @@ class _SentinelConnection(SentinelManagedConnection):
 
 class _SecuredSentinelConnection(_SentinelConnection, SSLConnection):
     pass
+
+
+class _Watch(Sentinel):
+    """Sentinel, in whose errors redis-py lists all options of connections."""
+
+    def discover_master(self, service_name: str) -> Any:
+        try:
+            return super().discover_master(service_name)  # type: ignore[no-untyped-call]
+        except MasterNotFoundError:
+            raise MasterNotFoundError(NO_SERVER.format(service_name)) from None
+
+
+class _AsyncWatch(AsyncSentinel):
+    async def discover_master(self, service_name: str) -> Any:
+        try:
+            return await super().discover_master(service_name)
+        except AsyncMasterNotFoundError:
+            raise AsyncMasterNotFoundError(NO_SERVER.format(service_name)) from None

@@ -89,7 +89,8 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     try:
         made(**{name: value for name, value in options.items() if name != "connection_class"})  # it connects later
     except TypeError as error:
-        raise ValueError(f"MASKMERGE_REDIS_URL has an option that is none: {error}") from None
+        name = str(error).rpartition(" ")[2]  # it says that an unexpected argument came, and which
+        raise ValueError(f"MASKMERGE_REDIS_URL has the option {name}, which redis-py does not have") from None
     return options
 
 

@@ -28,6 +28,7 @@ from app.storage.redis_address import RedisAddress
 from app.storage.scripts import NotReplicated
 from tests.conftest import HANGS_S, REPOSITORY, RESULT, Service, free_port, tiny_recipe, wait_until
 from worker.__main__ import run
+from worker.health import problem
 
 DOCS = (REPOSITORY / "docs" / "scaling.md").read_text()
 PASSWORD = "s3cret/word"
@@ -274,6 +275,26 @@ def test_a_worker_says_what_is_wrong_with_its_url(tmp_path: Path, capsys: pytest
     url = SecretStr("http://:hunter2@redis")
     assert run(Settings(redis_url=url, data_dir=tmp_path)) == 2
     assert "begins with none of" in capsys.readouterr().err
+
+
+def test_without_sentinel_the_error_names_the_servers_in_short() -> None:
+    url = f"redis+sentinel://:hunter2@127.0.0.1:{free_port()}/main"
+    says = "no process of Sentinel answers that knows a server of 'main' that takes writes"
+    with connect_for_answers(url) as redis, pytest.raises(RedisError, match=f"^{says}$"):
+        redis.ping()
+
+    async def answer() -> None:
+        client = connect_for_watching(url, most=1, longest_wait_s=1)
+        try:
+            await client.ping()
+        finally:
+            await client.aclose()
+
+    with pytest.raises(RedisError, match=f"^{says}$"):
+        asyncio.run(answer())
+    health = problem(Settings(redis_url=SecretStr(url)))
+    assert health == f"Redis does not answer: {says}"
+    assert "write it as" in str(problem(Settings(redis_url=SecretStr("redis+sentinel://a"))))
 
 
 class TlsDoor:

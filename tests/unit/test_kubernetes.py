@@ -56,7 +56,11 @@ def given(part: str) -> dict[str, Any]:
     """Variables of a container, by name: text, or where the value is from."""
     (config,) = container(part)["envFrom"]
     assert config == {"configMapRef": {"name": "maskmerge"}}
-    return _config() | {of["name"]: of["valueFrom"] for of in container(part)["env"]}
+    found = _config() | {of["name"]: of.get("value") or of["valueFrom"] for of in container(part)["env"]}
+    if part == "api":
+        assert found.pop("POD_ADDRESS") == {"fieldRef": {"fieldPath": "status.podIP"}}
+        found["MASKMERGE_ALLOWED_HOSTS"] = found["MASKMERGE_ALLOWED_HOSTS"].replace("$(POD_ADDRESS)", "10.1.2.3")
+    return found
 
 
 def _config() -> dict[str, str]:
@@ -98,6 +102,7 @@ def test_variables_are_settings_and_their_values_are_taken(part: str, monkeypatc
     settings = Settings()
     assert settings.artifact_store == _config()["MASKMERGE_ARTIFACT_STORE"]
     assert settings.log_format == "json"
+    assert ("maskmerge" in settings.allowed_hosts and "10.1.2.3" in settings.allowed_hosts) == (part == "api")
     # A Service's links are variables too, and those of this one would be taken for settings.
     assert PODS[part]["enableServiceLinks"] is False
 
