@@ -81,7 +81,7 @@ def test_what_there_is_answers_as_the_document_says(
     key = service.post("/keys", json={}).json()["id"]
     sha256 = hashlib.sha256(b"{}").hexdigest()
     with service.http as http:
-        assert http.put(f"/uploads/{sha256}", params={"name": "rows.jsonl"}, content=b"{}").status_code == 201
+        assert http.put(f"/uploads/{sha256}", params={"name": "rows.jsonl"}, content=b"{}").is_success
     report = find_faults(
         service, tmp_path, "--exclude-path-regex", f"{TAKE_RECIPES}|{SENDS}|/redeliver$", "--exclude-method", "DELETE",
         "--phases", phases, "-n", "4",

@@ -91,15 +91,27 @@ def test_the_best_trial_is_published_as_if_it_had_been_asked_for(
     full = [trial for trial in search.trials if not trial.pruned]
     assert len(search.trials) == 12
     assert search.best.objective == max(trial.objective for trial in full)
+    assert_published_as_if_it_had_been_asked_for(spec, result, tmp_path / "plain")
+
+
+def test_heads_are_aligned_as_by_a_merge_where_passes_round_weights(
+    tiny_inputs: Path, inputs: Path, tmp_path: Path
+) -> None:
+    spec = job(tmp_path, tiny_inputs, inputs, "ab", candidates=["mask_fisher"], trials=1, precision="bfloat16")
+    assert_published_as_if_it_had_been_asked_for(spec, Engine(CPU).merge(spec, silent), tmp_path / "plain")
+
+
+def assert_published_as_if_it_had_been_asked_for(spec: MergeSpec, result: MergeResult, folder: Path) -> None:
+    """Asserts that the chosen candidate, merged by itself into the folder, has the bits that the search published."""
     [chosen] = [candidate for candidate in result.candidates or () if candidate.chosen]
-    assert chosen.trial == search.chosen
+    assert chosen.trial == searched(result).chosen
     assert chosen.method is not None
     models = [model.model_copy(update={"weight": chosen.weights[model.name]}) for model in spec.models]
     heads = {"align_heads": True, "align_ridge": chosen.align_ridge}
-    plain = merge_spec(tmp_path / "plain", models, chosen.method, evaluate=True, **heads)
+    plain = merge_spec(folder, models, chosen.method, evaluate=True, **heads)
     Engine(CPU).merge(plain.model_copy(update={"base": spec.base}), silent)
-    for name in "abc":
-        ours, theirs = (read_model(folder / "models" / name) for folder in (spec.folder, tmp_path / "plain"))
+    for model in models:
+        ours, theirs = (read_model(root / "models" / model.name) for root in (spec.folder, folder))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 

@@ -16,7 +16,7 @@ from worker.engine.checkpoints.reader import digest_file
 from worker.engine.evaluation.evaluate import head_inputs, head_inputs_of_parts, head_of, predict
 from worker.engine.inputs.examples import Example, digest_of
 from worker.engine.models.loading import LoadedModel
-from worker.engine.runtime.device import Precision, computing_in, hardware
+from worker.engine.runtime.device import Precision, computing_in, hardware, rounded_weights
 from worker.engine.runtime.progress import OnRows
 from worker.engine.scoring.sample import tokens_of
 from worker.engine.scoring.store import StatisticsStore
@@ -55,15 +55,19 @@ class KeptOutputs:
     def head_outputs(
         self, loaded: LoadedModel, digest: str, examples: Sequence[Example], dataset: DatasetSpec, on_rows: OnRows
     ) -> Tensor:
-        """Compute the outputs of the model's head, (outputs, labels), float64, to which it is aligned."""
+        """Compute the outputs of the model's head, (outputs, labels), float64, to which it is aligned.
+
+        They are those of the weights as they are held, so the caller must not have rounded them.
+        """
 
         def computed() -> Tensor:
             head = head_of(loaded)
             weight, bias = head.weight.detach().cpu().double(), None if head.bias is None else head.bias.detach().cpu()
             found = torch.empty(sum(example.outputs for example in examples), len(weight), dtype=torch.float64)
-            for places, features in head_inputs_of_parts(loaded, examples, self._precision, on_rows):
-                products = features.double() @ weight.T
-                found[places] = products if bias is None else products + bias.double()
+            with rounded_weights(loaded.model, self._precision):
+                for places, features in head_inputs_of_parts(loaded, examples, self._precision, on_rows):
+                    products = features.double() @ weight.T
+                    found[places] = products if bias is None else products + bias.double()
             return found
 
         return self._kept(HEAD_OUTPUTS, loaded, digest, examples, dataset, on_rows, computed)

@@ -63,8 +63,8 @@ class ExpertOutputs:
                 self._logits = torch.from_numpy(predicted(self.searched))
             else:
                 self._logits = outputs.logits(loaded, expert.digest, self.searched, self.evaluation, on_rows)
-            if self.head is not None and self.alignment:
-                self.targets = outputs.head_outputs(loaded, expert.digest, self.alignment, expert.dataset, on_rows)
+        if self.head is not None and self.alignment:  # of the head as it is, as every merge of this expert has it
+            self.targets = outputs.head_outputs(loaded, expert.digest, self.alignment, expert.dataset, on_rows)
 
     def values_of(self, example: Example) -> int:
         """Return the number of a row's values that are computed with a merge: inputs of the head, or predictions."""
