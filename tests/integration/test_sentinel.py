@@ -145,6 +145,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         watched.end()
 
 
+@pytest.mark.long
 def test_accepted_jobs_outlast_the_server_that_takes_writes(
     watched: Watched, tmp_path: Path, tiny_inputs: Path
 ) -> None:

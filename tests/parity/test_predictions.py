@@ -136,6 +136,7 @@ def test_classes_have_their_names_and_probabilities(engine: Engine, tmp_path: Pa
     assert likeliest == sorted(likeliest, reverse=True)
 
 
+@pytest.mark.long
 def test_labels_that_are_independent_and_numbers(engine: Engine, tmp_path: Path) -> None:
     def labels(model: Any, tokenizer: Any, row: str) -> Answer:
         found = model(**tokenizer(row, return_tensors="pt")).logits[0].sigmoid()
@@ -190,6 +191,7 @@ def test_language_models_write_after_texts_and_conversations(engine: Engine, tmp
         merge.answers(["w1 " * 60])
 
 
+@pytest.mark.long
 def test_models_that_read_and_write_do_so(engine: Engine, tmp_path: Path) -> None:
     def answer(model: Any, tokenizer: Any, row: str) -> Answer:
         return written(model, tokenizer, tokenizer(row, return_tensors="pt", return_token_type_ids=False), 1)
