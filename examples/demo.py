@@ -29,7 +29,7 @@ Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how m
 
 TASKS = ("topics", "sentiment")
 POLL_S = 0.25
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 300  # torch from a cold disk, on a busy machine
 READY = "ready on http"  # what the service logs when it is
 MAX_TOKENS = 128  # what the experts were trained on
 EXAMPLES = 256  # rows that each expert is measured on: more tell little more
@@ -72,7 +72,7 @@ def service(folder: Path, port: int) -> Iterator[Client]:
             deadline = time.monotonic() + START_TIMEOUT_S
             while READY not in log.read_text():  # another service may have taken the port, and would answer too
                 if process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"the service did not start:\n{log.read_text()}")
+                    sys.exit(f"{log.read_text()}the service did not start; what was trained is kept for the next run")
                 time.sleep(POLL_S)
             yield client
     finally:
@@ -189,4 +189,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; what was trained is kept for the next run")
