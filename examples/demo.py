@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,24 @@ def watch(client: Client, job_id: str) -> Job:
         return job
 
 
+def merged(client: Client, recipe: dict[str, Any]) -> tuple[str, MergeResult]:
+    """The id of the job that merges by the recipe, and what came out, its progress shown. A failure ends it all."""
+    job = watch(client, client.submit(recipe).id)
+    if not isinstance(job.result, MergeResult):
+        sys.exit(f"{job.error.code}: {job.error.message}" if job.error else f"the job is {job.status}")
+    return job.id, job.result
+
+
+def compare(title: str, columns: Iterable[str], found: dict[str, list[float]], digits: int) -> None:
+    """Print a table of numbers, with a line for each name."""
+    table = Table("", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, numbers in found.items():
+        table.add_row(name, *(f"{number:.{digits}f}" for number in numbers))
+    console.print(table)
+
+
 def finish(tell: Tell, told: JobProgress) -> None:
     """A phase that another one followed is complete, whether or not its end was seen."""
     tell(told.phase, told.total or 1, told.total or 1)
@@ -161,7 +179,7 @@ def show_where(folder: Path, job_id: str, port: int, request: Path) -> None:
         console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path(".demo"), help="where everything is kept (default: .demo)")
     parser.add_argument("--port", type=int, default=8123)
@@ -177,19 +195,13 @@ def main() -> int:
     request = inputs / "recipe.json"
     request.write_text(json.dumps(recipe(), indent=1))
     with service(options.dir, options.port) as client:
-        job = watch(client, client.submit(recipe()).id)
-    if job.error is not None:
-        console.print(f"[red]{job.error.code}[/red]: {job.error.message}")
-        return 1
-    if not isinstance(job.result, MergeResult) or job.result.metrics is None:
-        sys.exit(f"the job is {job.status}")
-    show(job.result.metrics)
-    show_where(options.dir, job.id, options.port, request)
-    return 0
+        job_id, result = merged(client, recipe())
+    show(result.metrics or {})
+    show_where(options.dir, job_id, options.port, request)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; what was trained is kept for the next run")

