@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,13 +130,13 @@ def merged(client: Client, recipe: dict[str, Any]) -> tuple[str, MergeResult]:
     return job.id, job.result
 
 
-def compare(title: str, columns: Iterable[str], found: dict[str, list[float]], digits: int) -> None:
+def compare(title: str, columns: Iterable[str], found: Mapping[str, Sequence[float | None]], digits: int) -> None:
     """Print a table of numbers, with a line for each name."""
     table = Table("", title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right")
     for name, numbers in found.items():
-        table.add_row(name, *(f"{number:.{digits}f}" for number in numbers))
+        table.add_row(name, *("" if number is None else f"{number:.{digits}f}" for number in numbers))
     console.print(table)
 
 
