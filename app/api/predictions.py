@@ -1,6 +1,6 @@
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 from fastapi.concurrency import run_in_threadpool
 
 from app.api import artifacts
@@ -21,7 +21,10 @@ EXAMPLES = {
 
 @router.post("/jobs/{job_id}/predict", responses=problems(409, 504))
 async def predict(
-    body: Annotated[PredictionRequest, Body(openapi_examples=EXAMPLES)], record: RecordOf, services: ServicesOf
+    body: Annotated[PredictionRequest, Body(openapi_examples=EXAMPLES)],
+    record: RecordOf,
+    services: ServicesOf,
+    request: Request,
 ) -> Prediction:
     """Try a merge: the answers of one of its experts, of the plain average and of the merge to a few rows.
 
@@ -34,4 +37,5 @@ async def predict(
     """
     require_merge(record)
     listing = await run_in_threadpool(artifacts.list_files, record, services)
-    return await services.predictions.predict(record, body, [file.name for file in listing.files])
+    files = [file.name for file in listing.files]
+    return await services.predictions.predict(record, body, files, request.is_disconnected)

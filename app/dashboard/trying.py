@@ -26,7 +26,7 @@ async def try_merge(request: Request, record: RecordOf, services: ServicesOf) ->
     status = 200
     try:
         asked = PredictionRequest.model_validate({"model": fields.get("model", ""), "rows": texts})
-        shown["answers"] = await predictions.predict(asked, record, services)
+        shown["answers"] = await predictions.predict(asked, record, services, request)
     except ValidationError as error:
         status, shown["errors"] = 422, [_said(one["loc"], message_of(one)) for one in error.errors()]
     except ProblemError as error:

@@ -1,6 +1,6 @@
 """Has a worker answer rows while the caller waits."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from anyio.to_thread import run_sync
 
@@ -41,12 +41,15 @@ class Predictions:
         self._watcher = watcher
         self._seconds = seconds
 
-    async def predict(self, record: Record, request: PredictionRequest, files: list[str]) -> Prediction:
+    async def predict(
+        self, record: Record, request: PredictionRequest, files: list[str], is_gone: Callable[[], Awaitable[bool]]
+    ) -> Prediction:
         """Return the answers of a merge, of one of its experts and of the plain average.
 
         Args:
             record: a merge that has succeeded, see `require_merge`.
             files: names of the artifact's files.
+            is_gone: tells whether the caller hung up. Its rows then take no worker's time, if none has them yet.
 
         Raises:
             ProblemError: the job has no such model, the rows do not suit it, an input is not what it was, or no worker
@@ -57,7 +60,7 @@ class Predictions:
         merged = request.model if any(name.startswith(one) for name in files) else "model"
         name = await run_sync(self._ask, record, request, merged)
         try:
-            text = await self._watcher.pop(self._store.predictions.outcome_key(name), self._seconds)
+            text = await self._watcher.pop(self._store.predictions.outcome_key(name), self._seconds, is_gone)
         finally:
             await run_sync(self._forget, name)
         if text is not None:
@@ -66,6 +69,8 @@ class Predictions:
                 return outcome.prediction
             if outcome.error is not None:
                 raise _problem(outcome.error)
+        if await is_gone():
+            raise ProblemError(Problem.MALFORMED, "the caller hung up")  # for the log; nobody is there to hear it
         if self._watcher.is_stopping:
             raise ProblemError(Problem.NOT_READY, "the service stops; ask again", None, **{"Retry-After": "5"})
         alive = await run_sync(self._store.workers.count)

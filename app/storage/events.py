@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from app.contracts.jobs import Progress, Status
 from app.storage.keys import Keys
 
 TURN_MS = 5_000  # one wait for news, after which a deleted job is noticed and, among many readers, the next has a turn
+PRESENT_S = 1.0  # one wait for an entry, after which it is noticed that who waits is gone
 
 Entries = list[tuple[str, dict[str, str]]]
 
@@ -71,12 +72,15 @@ class JobWatcher:
                     if await self._news(job_id, after):
                         return
 
-    async def pop(self, key: str, timeout_s: float) -> str | None:
-        """Take the first entry of a list as soon as there is one; None when the time is over, or the service stops."""
+    async def pop(self, key: str, timeout_s: float, is_gone: Callable[[], Awaitable[bool]]) -> str | None:
+        """Take the first entry of a list as soon as there is one.
+
+        None when the time is over, the service stops, or who waits is gone.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not self.is_stopping:
-                    found: list[str] | None = await self._answer(self._redis.blpop([key], timeout=TURN_MS / 1000))
+                while not self.is_stopping and not await is_gone():
+                    found: list[str] | None = await self._answer(self._redis.blpop([key], timeout=PRESENT_S))
                     if found:
                         return found[1]
         return None

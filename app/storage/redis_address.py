@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis import Connection
 from redis.connection import parse_url
@@ -66,11 +67,16 @@ class RedisAddress:
         if options.pop("connection_class", None) is not None:
             options["ssl"] = True
             own |= {name: value for name, value in options.items() if name.startswith("ssl")}
-        return cls(options, found["service"], tuple(_host(text) for text in found["hosts"].split(",")), own)
+        return cls(options, found["service"], _hosts(found["hosts"]), own)
 
 
 def _parsed(url: str) -> dict[str, Any]:
     """Return what redis-py reads in a URL. Raises ValueError."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its message quotes the URL, where the port may be the beginning of a password
+        problem = "write all but letters and digits of user and password as %2F is written for /"
+        raise ValueError(f"MASKMERGE_REDIS_URL has no host and port that can be read; {problem}") from None
     try:
         options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
     except ValueError as error:
@@ -94,8 +100,12 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _host(text: str) -> tuple[str, int]:
-    found = HOST.fullmatch(text)
-    if found is None:
-        raise ValueError(f"MASKMERGE_REDIS_URL names '{text}', which is no HOST:PORT; write it as {FORM}")
-    return found["name"].strip("[]"), int(found["port"] or SENTINEL_PORT)
+def _hosts(text: str) -> tuple[tuple[str, int], ...]:
+    """Return the hosts and ports of a list. Raises ValueError, which quotes none, since one may be a password."""
+    hosts = []
+    for place, part in enumerate(text.split(","), start=1):
+        found = HOST.fullmatch(part)
+        if found is None:
+            raise ValueError(f"server {place} of MASKMERGE_REDIS_URL is no HOST:PORT; write the URL as {FORM}")
+        hosts.append((found["name"].strip("[]"), int(found["port"] or SENTINEL_PORT)))
+    return tuple(hosts)

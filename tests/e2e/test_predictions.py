@@ -96,11 +96,16 @@ def test_rows_that_do_not_fit_are_refused_by_their_place_and_stay_out_of_the_log
 
 
 def test_it_waits_for_the_task_in_hand_and_goes_before_the_next_one(service: Service, job: dict[str, Any]) -> None:
+    tried_before = service.log.count("to try")
     first, engine = service.submit_held(measured_anew(tiny_recipe("a", "b")))
     second = service.submit(measured_anew(tiny_recipe("a", "b")))
+    with pytest.raises(httpx.ReadTimeout):
+        service.post(f"/jobs/{job['id']}/predict", json={"model": "a", "rows": [SECRET]}, timeout=MOMENT_S)
+    wait_until(lambda: "/predict 400" in service.log, "the service to notice that the caller hung up")
     assert meanwhile(service, job, engine.resume).status_code == 200
     assert [service.finished(one)["attempt"] for one in (first, second)] == [1, 1]
     said = [line for line in service.log.splitlines() if "attempt" in line or "to try" in line]
+    assert sum("to try" in line for line in said) == tried_before + 1, "rows for which nobody waits take no time"
     ends, tried, begins = (
         max(number for number, line in enumerate(said) if job_id in line and words in line)
         for job_id, words in (

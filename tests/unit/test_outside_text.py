@@ -141,6 +141,7 @@ def test_a_hint_among_very_many_names_is_found_at_once() -> None:
     def attempt() -> float:
         begun = time.process_time()
         assert "known are column number 0" in did_you_mean("text", names)
+        assert did_you_mean("text", []) == "; there are none"
         return time.process_time() - begun
 
     keeps_within(0.5, attempt)

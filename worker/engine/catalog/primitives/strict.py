@@ -36,6 +36,8 @@ def limit_hints() -> None:
 
 def did_you_mean(name: str, known: list[str]) -> str:
     """Return `; did you mean 'x'?` for the nearest known name, whatever its case, or else the list of known names."""
+    if not known:
+        return "; there are none"
     shown = [one if len(one) <= LONGEST_NAME else f"{one[:LONGEST_NAME]}…" for one in sorted(known)]
     left = _comparisons.get() or [MOST_COMPARED]
     compared = shown[: left[0]]
