@@ -11,7 +11,13 @@ from app.cli.exits import Exit
 from tests.conftest import Service, tiny_recipe
 
 
-@pytest.mark.parametrize("method", [{"name": "average"}, {"name": "auto", "candidates": ["average"], "trials": 1}])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "average"},
+        pytest.param({"name": "auto", "candidates": ["average"], "trials": 1}, marks=pytest.mark.long),
+    ],
+)
 def test_a_merge_says_whether_it_is_accepted_and_is_written_all_the_same(
     service: Service, tmp_path: Path, method: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

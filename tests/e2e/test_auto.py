@@ -145,6 +145,7 @@ def test_the_recipe_of_the_artifact_posted_again_gives_the_same(service: Service
     assert weights_of(service, again["id"]) == weights_of(service, found["id"])
 
 
+@pytest.mark.long
 def test_a_search_whose_engine_is_killed_goes_on_and_finds_the_same(service: Service, found: Job) -> None:
     job_id = service.submit(search_recipe(trials=TRIALS))
     before = kill_searching(service, job_id, 8)

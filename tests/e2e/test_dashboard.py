@@ -171,6 +171,7 @@ def test_a_merge_is_built_checked_sent_and_followed(service: Service, browser: B
         assert (request["method"]["examples"], request["labels"]) == (32, {"of": "form"})
 
 
+@pytest.mark.long
 def test_a_running_job_shows_how_far_it_is_is_cancelled_and_tried_again(service: Service, browser: Browser) -> None:
     job_id, engine = service.submit_held(measured_anew(tiny_recipe("a", "b")))
     try:

@@ -20,7 +20,7 @@ from worker.engine.reporting.page import merge_page
 
 VIEWS: list[tuple[int, Literal["light", "dark"]]] = [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")]
 UrlOf = Callable[[str], str]
-FURTHER = [pytest.param(name, marks=pytest.mark.long) for name in ("bare", "scores")]
+FURTHER = [pytest.param(name, marks=pytest.mark.long) for name in ("bare", "scores", "auto")]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def searched_page(root: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ["merge", "auto", *FURTHER])
+@pytest.mark.parametrize("name", ["merge", *FURTHER])
 def test_the_page_fits_and_asks_for_nothing(browser: Browser, url_of: UrlOf, name: str) -> None:
     for width, scheme in VIEWS:
         with visit(browser, url_of(name), width=width, scheme=scheme) as seen:
@@ -82,7 +82,7 @@ def test_the_page_fits_and_asks_for_nothing(browser: Browser, url_of: UrlOf, nam
             assert seen.complaints == []
 
 
-@pytest.mark.parametrize("name", ["merge", "auto", *FURTHER])
+@pytest.mark.parametrize("name", ["merge", *FURTHER])
 def test_axe_finds_nothing_to_object_to(browser: Browser, url_of: UrlOf, name: str) -> None:
     for width, scheme in (VIEWS[0], VIEWS[-1]):
         with visit(browser, url_of(name), width=width, scheme=scheme) as seen:

@@ -139,6 +139,7 @@ def test_a_full_disk_refuses_at_the_door_fails_what_waits_and_what_writes_and_al
         assert service.finished(job_id)["status"] == "succeeded"
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_changed_while_the_job_waits_or_runs_fails_it_by_name(
     service: Service, inputs: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_every_process_refuses_a_newer_folder(tmp_path: Path, redis_url: str) ->
     assert (tmp_path / MARK).read_text() == NEWER
 
 
+@pytest.mark.long
 def test_every_process_refuses_a_newer_redis(tmp_path: Path, redis: Redis, redis_url: str) -> None:
     redis.set(Keys("newer").format, NEWER)
     port = str(free_port())
@@ -133,6 +134,7 @@ def test_every_process_refuses_a_newer_redis(tmp_path: Path, redis: Redis, redis
     assert redis.keys("newer:*") == [Keys("newer").format]
 
 
+@pytest.mark.long
 def test_the_api_ends_when_a_newer_redis_comes_back(tmp_path: Path) -> None:
     (tmp_path / "redis").mkdir()
     late = EmbeddedRedis(tmp_path / "redis")

@@ -138,7 +138,8 @@ def test_it_can_be_started_again_after_its_death(engine: EngineProcess, tiny_inp
     assert isinstance(last_event(engine), Finished)
 
 
-@pytest.mark.parametrize("checkpoint", ["a", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("checkpoint", ["a", "none"])
 def test_what_not_every_job_needs_is_imported_after_one_that_is_there_first(
     engine: EngineProcess, tiny_inputs: Path, tmp_path: Path, checkpoint: str
 ) -> None:

@@ -180,6 +180,7 @@ def _submitted(service: Service, recipe: dict[str, Any]) -> str | None:
     return str(response.json()["id"]) if response.status_code == 202 else None
 
 
+@pytest.mark.long
 def test_an_answer_that_comes_late_is_nobody_elses(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ANSWER_S", 0.3)
     monkeypatch.setattr(connection, "HUNG_S", 0.0)
@@ -190,6 +191,7 @@ def test_an_answer_that_comes_late_is_nobody_elses(watched: Watched, monkeypatch
         assert redis.get("maskmerge:of-a-test") == "mine"
 
 
+@pytest.mark.long
 def test_watching_and_taking_find_the_server_too(watched: Watched) -> None:
     async def answer() -> object:
         client = connect_for_watching(watched.url, most=2, longest_wait_s=1)
@@ -204,6 +206,7 @@ def test_watching_and_taking_find_the_server_too(watched: Watched) -> None:
         assert taking.info("replication")["role"] == "master"
 
 
+@pytest.mark.long
 def test_the_user_of_the_service_may_not_do_what_it_need_not(watched: Watched) -> None:
     with connect_for_answers(watched.url) as redis:
         for command in (("FLUSHALL",), ("CONFIG", "GET", "*"), ("GET", "others"), ("KEYS", "*")):

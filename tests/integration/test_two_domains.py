@@ -30,7 +30,7 @@ def spec_of(root: Path, domain: str, judged: str) -> ModelSpec:
     return model_spec(root / domain, dataset=DatasetSpec(source=measured.name, path=measured), evaluation=evaluation)
 
 
-@pytest.mark.parametrize("method", ["fisher", "aligned_regmean"])
+@pytest.mark.parametrize("method", [pytest.param("fisher", marks=pytest.mark.long), "aligned_regmean"])
 def test_a_measured_merge_beats_the_average_and_the_other_domains_expert(
     root: Path, tmp_path: Path, method: str
 ) -> None:
