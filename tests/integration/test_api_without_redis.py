@@ -81,7 +81,7 @@ ASKING = [
     ("GET", "/jobs"),
     ("GET", f"/jobs/{UNKNOWN}"),
     ("DELETE", f"/jobs/{UNKNOWN}"),
-    *[("POST", f"/jobs/{UNKNOWN}/{action}") for action in ("cancel", "retry")],
+    *[("POST", f"/jobs/{UNKNOWN}/{action}") for action in ("cancel", "retry", "predict")],
     *[
         ("GET", f"/jobs/{UNKNOWN}/{part}")
         for part in ("events", "artifacts", "artifacts/a", "archive", "report", "log")
@@ -106,16 +106,18 @@ ASKING = [
 
 @pytest.mark.parametrize(("method", "path"), ASKING)
 def test_that_redis_hangs_is_told_within_2_s(hung: TestClient, method: str, path: str) -> None:
-    recipe = tiny_recipe("a")
+    body = tiny_recipe("a")
     if path == "/scores":
-        del recipe["models"][0]["evaluation"]
+        del body["models"][0]["evaluation"]
+    elif path.endswith("/predict"):
+        body = {"model": "a", "rows": [{"text": "x"}]}
 
     def told() -> float:
         if path in ("/jobs", "/merge", "/readyz"):
             time.sleep(HUNG_S)  # so that it is not told by what was found out a moment ago
         began = time.monotonic()
         headers = {"Prefer": "wait=10"}
-        response = hung.request(method, path, json=recipe if method in ("POST", "PUT") else None, headers=headers)
+        response = hung.request(method, path, json=body if method in ("POST", "PUT") else None, headers=headers)
         took = time.monotonic() - began
         code = "not_ready" if path == "/readyz" else "redis_unavailable"
         assert (response.status_code, response.json()["code"]) == (503, code)

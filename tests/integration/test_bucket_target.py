@@ -55,7 +55,8 @@ def test_every_file_is_written_once(server: ObjectServer, settings: dict[str, An
     assert (found.outcome, found.versions, found.url) == (
         "published", {"models/team/merges": "j"}, "s3://models/team/merges/j/",
     )  # fmt: skip
-    assert server.keys("models") == sorted(f"team/merges/j/{name}" for name in (*FILES, "manifest.json"))
+    kept = [key for key in server.keys("models") if key.startswith("team/")]  # other tests of this process have theirs
+    assert kept == sorted(f"team/merges/j/{name}" for name in (*FILES, "manifest.json"))
 
     def body(name: str) -> bytes:
         return bytes(server.client.get_object(Bucket="models", Key=f"team/merges/j/{name}")["Body"].read())

@@ -12,7 +12,7 @@ from worker.engine.catalog.contracts.prediction import Answer, Prediction, Predi
 from worker.engine.catalog.contracts.spec import EvaluationSpec
 from worker.engine.catalog.data.rows import ASSISTANT, RowReader, row_of
 from worker.engine.catalog.data.spec import DatasetSpec
-from worker.engine.catalog.methods import AverageParameters
+from worker.engine.catalog.methods import AVERAGE
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.planning.planner import plan_job
 from worker.engine.catalog.primitives.errors import InvalidDataset, InvalidRequest, Place
@@ -58,7 +58,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
         problem = "a merge of slices has layers of several models, so no expert and no average is beside it"
         raise InvalidRequest(f"{problem}; download it and run it", available=False)
     # Nothing is measured, whatever the job measured.
-    needs = spec.model_copy(update={"method": AverageParameters()})
+    needs = spec.model_copy(update={"method": AVERAGE.parameters()})
     require_memory_of_job(plan, needs, context, longest_row=1)
     expert = context.models.get(info)
     evaluation = _evaluation(spec, task)
