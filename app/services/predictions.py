@@ -14,7 +14,7 @@ from app.storage.queue import TaskQueue
 from worker.engine.catalog.contracts.prediction import Prediction
 from worker.engine.catalog.primitives.strict import did_you_mean
 
-MOST_WAITING = 32  # rows that wait for a worker, of all callers together
+MOST_WAITING = 32  # requests that wait for a worker, of all callers together
 RETRY_S = 10
 
 PROBLEMS: Mapping[ErrorCode, Problem] = {

@@ -1,4 +1,4 @@
-"""Where Redis is: one server, or servers of which Sentinel says which one takes writes."""
+"""Reads the address of Redis: one server, or several of which Sentinel says which one takes writes."""
 
 import re
 from dataclasses import dataclass, field
