@@ -13,7 +13,7 @@ Its weights are under Gemma's terms of use; they are for this bench alone, and n
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -36,7 +36,8 @@ from bench.language_experts import (
     base_folder,
     prepare,
 )
-from bench.quality import METHOD
+from bench.outcomes import ArrayStore, code_digest
+from bench.quality import METHOD, SEARCH, modules_of
 from bench.table import console, shown
 from worker.engine.catalog.checkpoints.adapters import inspect_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
@@ -76,6 +77,11 @@ OTHERS = tuple(
 OURS = ("mask_fisher", "regmean", "aligned_regmean", "auto")
 MERGED = (*BASELINES, *OTHERS, *OURS[:-1])
 """Methods that the bench merges by itself."""
+CANDIDATES = [*BASELINES, *OURS[:-1]]
+"""What `auto` draws on."""
+CHOSEN = "chosen"
+PREDICTING = 1
+"""Number that is raised when this bench would predict otherwise with the same merge."""
 EXPERTS = "each task's expert"
 METRIC: Final = "choice_accuracy"
 CACHE_BYTES = 5 * 10**9
@@ -99,6 +105,8 @@ class Bench:
     def __init__(self, asked: Asked, data: Path | None, recipe: Recipe, store: StatisticsStore) -> None:
         self.asked = asked
         self._store = store
+        self._digests = Digests()
+        self._kept = ArrayStore(asked.out / "predictions")
         self._measured: dict[tuple[str, str], Measured] = {}
         counts = Counts(search=asked.search_rows, validation=asked.validation_rows)
         self.tasks = list(asked.tasks)
@@ -151,8 +159,37 @@ class Bench:
         self.running.model.load_state_dict(state, strict=False)
         return self.answers(self.running, tasks)
 
+    def of_method(self, name: str, tasks: Combination) -> dict[str, Array]:
+        """Return the predictions of one merge for its tasks, from OUT/predictions where an earlier run kept them."""
+        known = METHODS[name].parameters.model_fields
+        given = {"examples": self.asked.rows, "precision": self.asked.precision} if "examples" in known else {}
+        method = METHOD.validate_python({"name": name, **given})
+        identity = self._identity(method.model_dump(mode="json", exclude_unset=True), tasks, modules_of(method))
+        found = self._kept.find(identity)
+        if found is None:
+            found = self.of_merge(method, tasks)
+            self._kept.keep(identity, found)
+        return found
+
     def of_auto(self, tasks: Combination) -> tuple[str, dict[str, Array]]:
         """Return the method that `auto` chooses by rows of its own, and the predictions of its merge."""
+        methods = [METHOD.validate_python({"name": name}) for name in CANDIDATES]
+        modules = {SEARCH, *(module for method in methods for module in modules_of(method))}
+        identity = self._identity(["auto", CANDIDATES, self.asked.trials, self.asked.search_rows], tasks, modules)
+        found = self._kept.find(identity)
+        if found is None:
+            chosen, predicted = self._searched(tasks)
+            found = predicted | {CHOSEN: np.array(chosen)}
+            self._kept.keep(identity, found)
+        return str(found[CHOSEN]), {task: found[task] for task in tasks}
+
+    def _identity(self, what: Any, tasks: Combination, modules: Iterable[str]) -> Any:
+        """Return everything that predictions follow from, as JSON."""
+        digests = [self._digests.of_checkpoint(info) for info in (self.base, *(self.experts[task] for task in tasks))]
+        asked = [self.asked.rows, self.asked.validation_rows, self.asked.precision]
+        return [PREDICTING, what, list(tasks), digests, asked, code_digest(modules)]
+
+    def _searched(self, tasks: Combination) -> tuple[str, dict[str, Array]]:
         self._models.keep_only([])  # the engine loads them for itself
         with TemporaryDirectory() as folder:
             spec = MergeSpec(
@@ -170,7 +207,7 @@ class Bench:
                 ],
                 method={
                     "name": "auto",
-                    "candidates": [*BASELINES, *(name for name in OURS if name != "auto")],
+                    "candidates": CANDIDATES,
                     "trials": self.asked.trials,
                     "examples": self.asked.rows,
                     "precision": self.asked.precision,
@@ -199,7 +236,7 @@ class Bench:
             own = Sample(rows, len(rows), spec, model, None)
             inputs = plan_merge([self.experts[task]]).linear_inputs
             measurer = Measurer(method, inputs, self.asked.precision, self._store, BatchSizes())
-            digest = Digests().of_checkpoint(self.experts[task])
+            digest = self._digests.of_checkpoint(self.experts[task])
             found = measurer.measure(Measured(), model, digest, own, len(own), lambda _: None)
             self._measured[method.name, task] = found
         found = self._measured[method.name, task]
@@ -363,9 +400,7 @@ def run(bench: Bench, methods: Sequence[str], wanted: Sequence[Combination]) -> 
         merges[tasks] = {}
         for name in methods:
             start = time.monotonic()
-            known = METHODS[name].parameters.model_fields
-            given = {"examples": asked.rows, "precision": asked.precision} if "examples" in known else {}
-            merges[tasks][name] = bench.of_merge(METHOD.validate_python({"name": name, **given}), tasks)
+            merges[tasks][name] = bench.of_method(name, tasks)
             told = ", ".join(f"{report.accuracy(merges[tasks][name], [task]):.3f}" for task in tasks)
             console.print(f"{', '.join(tasks)}: {name}, {told}, {time.monotonic() - start:.0f} s", highlight=False)
         if asked.trials:

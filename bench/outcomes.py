@@ -36,36 +36,54 @@ class Kept:
     """Name of the candidate that a search chose."""
 
 
-class OutcomeStore:
-    """Files of outcomes in a folder, named by a digest of everything that they follow from."""
+class ArrayStore:
+    """Files of arrays in a folder, named by a digest of everything that they follow from."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, identity: Any) -> Kept | None:
-        """Return what was kept under an identity, anything that is JSON."""
+    def find(self, identity: Any) -> dict[str, Array] | None:
+        """Return the arrays that were kept under an identity, anything that is JSON."""
         path = self._path(identity)
         if not path.is_file():
             return None
         with np.load(path, allow_pickle=False) as arrays:
-            tasks = [str(task) for task in arrays["tasks"]]
-            by_task = {task: Outcome(arrays[f"kept {task}"], arrays[f"aligned {task}"]) for task in tasks}
-            return Kept(by_task, float(arrays["seconds"]), str(arrays["chosen"]))
+            return dict(arrays)
 
-    def keep(self, identity: Any, made: Kept) -> None:
-        """Write outcomes, all at once."""
+    def keep(self, identity: Any, arrays: Mapping[str, Any]) -> None:
+        """Write arrays, all at once."""
         path = self._path(identity)
-        arrays: dict[str, Any] = {"tasks": np.array(list(made.by_task)), "seconds": made.seconds}
-        for task, outcome in made.by_task.items():
-            arrays |= {f"kept {task}": outcome.kept, f"aligned {task}": outcome.aligned}
         unfinished = path.with_suffix(".new.npz")
-        np.savez_compressed(unfinished, chosen=np.array(made.chosen), **arrays)
+        np.savez_compressed(unfinished, allow_pickle=False, **arrays)
         unfinished.replace(path)
 
     def _path(self, identity: Any) -> Path:
         text = json.dumps(identity, sort_keys=True)
         return self._folder / f"{hashlib.sha256(text.encode()).hexdigest()}.npz"
+
+
+class OutcomeStore:
+    """The outcomes of merges in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._arrays = ArrayStore(folder)
+
+    def find(self, identity: Any) -> Kept | None:
+        """Return what was kept under an identity, anything that is JSON."""
+        arrays = self._arrays.find(identity)
+        if arrays is None:
+            return None
+        tasks = [str(task) for task in arrays["tasks"]]
+        by_task = {task: Outcome(arrays[f"kept {task}"], arrays[f"aligned {task}"]) for task in tasks}
+        return Kept(by_task, float(arrays["seconds"]), str(arrays["chosen"]))
+
+    def keep(self, identity: Any, made: Kept) -> None:
+        """Write outcomes, all at once."""
+        arrays: dict[str, Any] = {"tasks": np.array(list(made.by_task)), "seconds": made.seconds}
+        for task, outcome in made.by_task.items():
+            arrays |= {f"kept {task}": outcome.kept, f"aligned {task}": outcome.aligned}
+        self._arrays.keep(identity, arrays | {"chosen": np.array(made.chosen)})
 
 
 def code_digest(modules: Iterable[str]) -> str:

@@ -314,7 +314,7 @@ class Bench:
             return Kept({task: self.evaluate(state, task, aligned_on) for task in tasks}, seconds)
 
         asked = [method.model_dump(mode="json", exclude_unset=True), aligned_on]
-        return self._found(self._identity(asked, tasks, code_digest(_modules(method))), is_wanted, make)
+        return self._found(self._identity(asked, tasks, code_digest(modules_of(method))), is_wanted, make)
 
     def _method(self, label: str) -> tuple[MethodParameters, int, int]:
         """Return a method with its parameters, and the numbers of rows that it measures and that heads align on."""
@@ -346,7 +346,7 @@ class Bench:
             return Kept(outcomes, seconds[1] - seconds[0], found.chosen.name)
 
         modules = {
-            module for name in method["candidates"] for module in _modules(METHOD.validate_python({"name": name}))
+            module for name in method["candidates"] for module in modules_of(METHOD.validate_python({"name": name}))
         }
         return self._found(self._identity(asked, tasks, code_digest({SEARCH, *modules})), is_wanted, make)
 
@@ -388,11 +388,11 @@ def _timed(make: Callable[[], Mapping[str, Outcome]]) -> Kept:
     return Kept(make(), time.process_time() - start)
 
 
-def _modules(method: MethodParameters) -> list[str]:
+def modules_of(method: MethodParameters) -> list[str]:
     """Return the names of the modules that define a method."""
     functions = [builders[method.name] for builders in (BUILDERS, REFITS) if method.name in builders]
     start = getattr(method, "start", None)
-    of_start = _modules(start) if isinstance(start, MethodParameters) else []
+    of_start = modules_of(start) if isinstance(start, MethodParameters) else []
     return [type(method).__module__, *(function.__module__ for function in functions), *of_start]
 
 
