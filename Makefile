@@ -5,7 +5,7 @@ INSTALL := $(BIN)/pip install --no-compile --disable-pip-version-check -c constr
 COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo serve bench browser test test-long chaos lint docs site clean
+.PHONY: help install tools demo serve bench browser test short-tests test-long chaos lint docs site clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,7 +57,12 @@ browser: /usr/bin/chromium  ## install the browser that tests drive
 # order that conftest.py gives the files, rather than by how many tests they have.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-test: tools browser lint  ## linters, types, import contracts, and all tests but the long ones
+# Linters and types fill the time in which tests wait.
+test:  ## linters, types, import contracts, and all tests but the long ones
+	$(MAKE) --no-print-directory --jobs 2 tools browser
+	$(MAKE) --no-print-directory --jobs 2 lint short-tests
+
+short-tests: tools browser
 	$(PYTEST) -m "not long"
 
 test-long: tools browser  ## every test, before a release

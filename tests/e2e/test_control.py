@@ -73,6 +73,7 @@ def test_a_running_job_is_cancelled_within_5_s_in_every_phase(service: Service, 
     check_cancelled(service, begin)
 
 
+@pytest.mark.long
 def test_a_running_job_is_cancelled_within_5_s_while_it_merges(service: Service) -> None:
     """The phase may be over before the next look at the job, so its first file says when it has begun."""
     models = [{"name": name, "checkpoint": f"local:checkpoints/wide-{name}"} for name in ("a", "b")]

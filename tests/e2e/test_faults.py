@@ -145,7 +145,7 @@ def test_a_killed_worker_loses_no_job_whatever_its_priority_and_the_highest_goes
     assert [service.job(job_id)["attempt"] for job_id in in_order] == [1, 1, 2, 1]
 
 
-@pytest.mark.parametrize("role", ["redis", "api"])
+@pytest.mark.parametrize("role", ["redis", pytest.param("api", marks=pytest.mark.long)])
 def test_a_killed_redis_or_api_costs_nothing(service: Service, role: str) -> None:
     job_id, engine = start_scoring(service)
     service.processes()[role].kill()

@@ -282,7 +282,7 @@ def test_a_merge_that_loads_no_model_holds_rows_alone(fresh: EngineProcess, tmp_
     "method",
     [
         {"precision": "float32"},
-        {"precision": "bfloat16"},
+        pytest.param({"precision": "bfloat16"}, marks=pytest.mark.long),
         pytest.param({"preset": "paper"}, marks=pytest.mark.long),
         pytest.param({"name": "average"}, marks=pytest.mark.long),
         {"name": "aligned_regmean"},

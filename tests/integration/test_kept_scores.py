@@ -173,7 +173,7 @@ def test_nothing_is_kept_of_a_file_that_was_written_to_after_it_was_digested(tin
 
 
 @pytest.mark.parametrize("models_of", [classifiers, writers])
-@pytest.mark.parametrize("searches", [False, True])
+@pytest.mark.parametrize("searches", [pytest.param(False, marks=pytest.mark.long), True])
 def test_no_expert_runs_again_for_another_merge(
     tiny_inputs: Path, tmp_path: Path, models_of: Callable[[Path, Path], list[ModelSpec]], searches: bool
 ) -> None:

@@ -161,9 +161,9 @@ def test_what_is_held_does_not_grow_with_the_tensor(
     [
         ("average", {}),
         ("ties", {"density": 0.3}),
-        ("breadcrumbs", {"density": 0.3, "gamma": 0.1}),
-        ("sce", {"select_topk": 0.3}),
-        ("della", {}),
+        pytest.param("breadcrumbs", {"density": 0.3, "gamma": 0.1}, marks=pytest.mark.long),
+        pytest.param("sce", {"select_topk": 0.3}, marks=pytest.mark.long),
+        pytest.param("della", {}, marks=pytest.mark.long),
         ("model_stock", {}),
     ],
 )

@@ -14,6 +14,7 @@ from worker.engine.catalog.checkpoints.tokenizer_classes import tokenizer_class
 from worker.engine.checkpoints.library_tokenizers import class_entry, models
 
 TYPES = ("bert", "t5", "llama", "gpt2", "albert", "roberta", "modernbert", "opt", "mamba", "phi3", "encoder-decoder")
+OF_EACH_KIND = {"bert", "t5", "llama", "gpt2", "encoder-decoder"}
 NAMES = (
     "PreTrainedTokenizerFast", "PreTrainedTokenizer", "MyTokenizer", "MyTokenizerFast", "AutoTokenizer",
     "BertTokenizer", "BertTokenizerFast", "BartTokenizer", "T5TokenizerFast", "XLMRobertaTokenizer", "LlamaTokenizer",
@@ -29,7 +30,9 @@ STEPS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", [name if name in OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in TYPES]
+)
 def test_the_class_of_a_tokenizer_is_the_one_that_the_library_takes(tmp_path: Path, model_type: str) -> None:
     config = {"model_type": model_type, "encoder": {"model_type": "bert"}, "decoder": {"model_type": "bert"}}
     for number, (file, name) in enumerate([("", ""), *product(("tokenizer_config.json", "config.json"), NAMES)]):

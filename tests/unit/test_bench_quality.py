@@ -93,13 +93,19 @@ def test_targets_are_met_by_predictions_that_reach_them(experts: dict[str, Exper
     ("change", "missed"),
     [
         ({"kept": {"mask_fisher": 150}}, {"mask_fisher"}),
-        ({"aligned": {"ties": 149}}, {"aligned against kept heads"}),
+        pytest.param({"aligned": {"ties": 149}}, {"aligned against kept heads"}, marks=pytest.mark.long),
         ({"aligned": {"ties": 100}}, {"tasks that alignment costs more than their interval"}),
-        ({"control": 195}, {f"control: aligned heads on {name}" for name in (ANCESTOR, OTHER_EXPERT)}),
-        ({"aligned": {"aligned_regmean": 195, AUTO: 195}}, {"best with aligned heads"}),
+        pytest.param(
+            {"control": 195},
+            {f"control: aligned heads on {name}" for name in (ANCESTOR, OTHER_EXPERT)},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"aligned": {"aligned_regmean": 195, AUTO: 195}}, {"best with aligned heads"}, marks=pytest.mark.long
+        ),
         ({"kept": {"ties": 199}}, {f"methods on combinations that {ours} is significantly below" for ours in OURS}),
-        ({"aligned": {"mask_regmean": 170}}, {"mask_regmean against regmean"}),
-        ({"aligned": {FEW: 185}}, {"regmean"}),
+        pytest.param({"aligned": {"mask_regmean": 170}}, {"mask_regmean against regmean"}, marks=pytest.mark.long),
+        pytest.param({"aligned": {FEW: 185}}, {"regmean"}, marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_targets_are_missed_by_predictions_that_do_not(
