@@ -1,6 +1,7 @@
 """What a job publishes is loaded anew before it is published, and what does not load is not published."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from tests.tiny_families import TINY_BERT, TINY_VISION, TinyFamily
 from tests.tiny_language_models import GPT2, LLAMA, MASKED_BERT, QWEN2, T5, TinyModel, tiny_model
 from worker.engine.catalog.checkpoints.inspection import inspect_checkpoint
 from worker.engine.catalog.contracts.report import MergeResult
-from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError
+from worker.engine.catalog.contracts.spec import CheckpointSpec
+from worker.engine.catalog.primitives.errors import EngineError, InvalidCheckpoint, NumericalError, StorageError
 from worker.engine.checkpoints import reloading
 from worker.engine.checkpoints.configurations import library_config
 from worker.engine.checkpoints.layout import library_class
@@ -73,6 +75,71 @@ def test_of_models_that_keep_their_heads_all_are_checked_and_the_first_is_run(
     planned, published = called["check_layout"][:2], called["check_layout"][2:]
     assert all(name.startswith("maskmerge-described-") for name in planned)
     assert (published, called["_run"]) == (["a", "b"], ["a"])
+
+
+def flip(file: Path, position: int) -> None:
+    """Change the byte at a position of a file, which ends at -1."""
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a value of the head": (
+        lambda models: flip(models / "a/model-00002-of-00002.safetensors", -1),
+        "models/a/model-00002-of-00002.safetensors is not what was merged: the file has other values of tensor ",
+    ),
+    "metadata": (
+        lambda models: flip(models / "a/model-00001-of-00002.safetensors", 28),
+        "models/a/model-00001-of-00002.safetensors is not what was merged: the file has another header",
+    ),
+    "an end": (
+        lambda models: os.truncate(models / "b/model-00002-of-00002.safetensors", 100),
+        "models/b/model-00002-of-00002.safetensors is not what was merged: the file has another size",
+    ),
+    "a file": (
+        lambda models: (models / "b/model-00002-of-00002.safetensors").unlink(),
+        "models/b/model-00002-of-00002.safetensors cannot be read back after it was written: No such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_files_that_change_after_they_were_written_are_not_published(engine: Engine, tmp_path: Path, case: str) -> None:
+    damage, problem = DAMAGE[case]
+    folders = [tiny_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate("ab", 1)]
+    spec = merge_spec(tmp_path / "out", [model_spec(path) for path in folders], {"name": "linear"})
+    base = CheckpointSpec(source="local:base", path=tiny_checkpoint(tmp_path / "base", seed=3))
+    spec = spec.model_copy(update={"base": base})
+    damaged = []
+
+    def on_progress(phase: str, *_: object) -> None:
+        if phase == "comparing" and not damaged:
+            damage(tmp_path / "out" / "models")
+            damaged.append(phase)
+
+    with pytest.raises(StorageError) as caught:
+        engine.merge(spec, on_progress)
+    assert caught.value.message.startswith(problem)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_model_with_other_outputs_than_its_tensors_is_not_published(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the library read something else from the folder."""
+    load = reloading._model
+
+    def with_another_bias(*given: Any) -> Any:
+        model, problems = load(*given)
+        with torch.no_grad():
+            model.classifier.bias += 1e-6
+        return model, problems
+
+    monkeypatch.setattr(reloading, "_model", with_another_bias)
+    error = refused(engine, tmp_path, [tiny_checkpoint(tmp_path / name, seed=seed) for seed, name in enumerate("ab")])
+    assert isinstance(error, NumericalError)
+    assert "gives other logits of a text or an image than its tensors" in error.message
 
 
 def an_added_token_without_an_id(folder: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_shard_is_what_the_formats_own_library_reads(tmp_path: Path) -> None:
     assert torch.equal(found["scalar"], values["scalar"].half())
     assert found["none"].shape == (0, 4)
     content = (tmp_path / "x.safetensors").read_bytes()
-    assert writer.sha256 == hashlib.sha256(content).hexdigest() == digest_file(tmp_path / "x.safetensors")
+    assert writer.written.sha256 == hashlib.sha256(content).hexdigest() == digest_file(tmp_path / "x.safetensors")
     assert int.from_bytes(content[:8], "little") % 8 == 0
 
 
@@ -144,7 +144,7 @@ def test_tensors_in_any_order_from_several_threads_are_the_same_file(tmp_path: P
         tensors = random.Random(seed).sample(writer.tensors, len(shard))
         in_threads(lambda t: writer.write(t, rows_of(values[t.slot.name])), tensors, 8, lambda: None)
     assert mixed.read_bytes() == in_order.read_bytes()
-    assert writer.sha256 == hashlib.sha256(mixed.read_bytes()).hexdigest()
+    assert writer.written.sha256 == hashlib.sha256(mixed.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("threads", "first"), [(1, ["k"]), (2, ["h", "k"]), (100, list("abcdefghijkl"))])
@@ -198,7 +198,7 @@ def test_a_thread_that_is_overtaken_does_not_close_the_file_again(
     with ShardWriter(tmp_path / "x", [planned("a")]) as writer:
         monkeypatch.setattr(writer, "_digesting", Overtaken())
         writer.write(writer.tensors[0], rows_of(torch.zeros(2, 3)))
-    assert writer.sha256 == digest_file(tmp_path / "x")
+    assert writer.written.sha256 == digest_file(tmp_path / "x")
 
 
 def test_a_thread_may_be_overtaken_while_it_looks_at_what_is_complete(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_thread_may_be_overtaken_while_it_looks_at_what_is_complete(tmp_path: 
         writer.tensors = Overtaken(writer.tensors)
         writer.write(writer.tensors[0], rows_of(torch.zeros(2, 3)))
     assert writer.tensors.asked
-    assert writer.sha256 == digest_file(tmp_path / "x")
+    assert writer.written.sha256 == digest_file(tmp_path / "x")
 
 
 def test_a_file_that_somebody_else_cuts_short_is_an_error(tmp_path: Path) -> None:

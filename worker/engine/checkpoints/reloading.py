@@ -1,7 +1,8 @@
-"""Checks that a job's models load: configuration, tokenizer and weights, and a forward pass of small models.
+"""Checks that a job's models load: configuration, tokenizer and weights, and the outputs of small models.
 
 Weights are mapped into memory, not read, so this takes no memory of its own and little time. A forward pass reads them
 all, so only small models are run. The weights of larger ones were checked to be finite when they were written.
+`written.py` compares the weight files of all models with what was merged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ from worker.engine.checkpoints.layout import (
     misshapen,
     stores_copies,
 )
-from worker.engine.checkpoints.reader import digest_tokenizer
+from worker.engine.checkpoints.reader import TensorReader, digest_tokenizer
 from worker.engine.checkpoints.tokenizer import load_tokenizer
 from worker.engine.checkpoints.writer import write_config
 from worker.engine.runtime.libraries import transformers
@@ -89,14 +90,16 @@ class Reloading:
         """Check that the folder of every model to be published loads as it will for its user.
 
         Where the names, shapes and ties of a class's tensors are known, headers tell whether it takes those of a
-        folder. Among small models, the first of each class is loaded with its weights and run.
+        folder. Among small models, the first of each class is loaded with its weights and run. Its outputs must be
+        those of the tensors themselves, bit by bit.
 
         Returns:
             Notes for the models' users.
 
         Raises:
             InvalidCheckpoint: a folder does not load, whichever of its inputs is at fault.
-            NumericalError: the outputs of the inputs are finite, but not those of the merge.
+            NumericalError: the outputs of the inputs are finite, but not those of the merge; or the folder's model has
+                other outputs than its tensors.
         """
         notes: list[str] = []
         for folder, origin in zip(folders, self._plan.published, strict=True):
@@ -252,17 +255,20 @@ def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origi
 
     Raises:
         InvalidCheckpoint: it does not run, and the model that it comes from does.
-        NumericalError: its outputs are not finite, and those of the model that it comes from are.
+        NumericalError: its outputs are not finite, and those of the model that it comes from are; or they are not those
+            of the same class with the folder's tensors.
     """
     inputs = _inputs(model, ids, published)
     problem: EngineError | None = None
     if inputs is not None:
-        problem = _problem_of(published, model, inputs)
-        if problem is None:
+        outputs = _outputs(published, model, inputs)
+        if not isinstance(outputs, EngineError):
+            _compare(published, model, inputs, outputs)
             return []
+        problem = outputs
         # Not every model runs on these inputs alone. The merge need not do what its own model does not do either.
         before = origin.base or origin  # an adapter has no model of its own
-        if _problem_of(before, _loaded(before, type(model)), inputs) is None:
+        if not isinstance(_outputs(before, _loaded(before, type(model)), inputs), EngineError):
             raise problem
     if isinstance(problem, NumericalError):
         return [Doubt(f"the outputs of the published {published.architecture} are not finite, nor those of the model")]
@@ -300,21 +306,48 @@ def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) ->
     return inputs
 
 
-def _problem_of(info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]) -> EngineError | None:
+def _compare(
+    published: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+) -> None:
+    """Raise NumericalError where a loaded model has other outputs than its class has with the published tensors.
+
+    These are read one by one, without the library's reading of the folder. Both models do the same arithmetic, so
+    nothing is tolerated.
+    """
+    with TensorReader() as reader:
+        state = {name: reader.read(tensor) for name, tensor in published.tensors.items()}
+    config = library_config(published.config, published.source)
+    settings: dict[str, Any] = {"config": config, "state_dict": state, "attn_implementation": "eager"}
+    own = type(model).from_pretrained(None, dtype=model.dtype, **settings)
+    del state
+    again = _outputs(published, own, inputs)
+    if isinstance(again, EngineError):
+        raise again
+    for key, value in outputs.items():
+        if not torch.equal(again[key], value):
+            problem = f"the published {published.architecture} gives other {key} of a text or an image than its tensors"
+            raise NumericalError(f"{problem}; nothing is published")
+
+
+def _outputs(
+    info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]
+) -> Mapping[str, Tensor] | InvalidCheckpoint | NumericalError:
+    """Return a model's floating point outputs, or an error where it does not run or they are not finite."""
     if model.dtype == torch.float16:  # CPUs lack operations in it, and values that a GPU keeps finite may overflow
         model = model.float()
     inputs = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
     try:
         with torch.inference_mode():
-            outputs = model.eval()(**inputs)
+            given = model.eval()(**inputs)
     except Exception as error:  # a model's code may raise anything
         if is_out_of_memory(error):
             raise
         problem = f"the merge with its configuration does not run, though the models do: {in_one_line(error)}"
         return InvalidCheckpoint(info.source, problem)
+    outputs = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.is_floating_point()}
     for key, value in outputs.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+        if not bool(value.isfinite().all()):
             return NumericalError(
                 f"the merge's {key} of a text or an image are not finite, though those of the models are"
             )
-    return None
+    return outputs

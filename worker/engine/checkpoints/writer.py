@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import struct
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
@@ -31,6 +32,7 @@ from worker.engine.catalog.primitives.errors import NumericalError
 from worker.engine.checkpoints.reader import TORCH_DTYPES, TensorReader, as_bytes
 from worker.engine.checkpoints.row_blocks import is_finite
 from worker.engine.checkpoints.tokenizer import write_chat_template, write_tokenizer
+from worker.engine.checkpoints.written import WrittenFile, WrittenTensor
 from worker.engine.runtime.threads import in_threads
 
 CONFIG_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -57,7 +59,7 @@ class ShardWriter:
         ends = [*accumulate((t.nbytes for t in self.tensors), initial=len(self._header))]
         self._places = {t.slot.name: place for t, place in zip(self.tensors, pairwise(ends), strict=True)}
         self._size = ends[-1]
-        self._complete: set[str] = set()
+        self._checksums: dict[str, int] = {}  # of complete tensors
         self._digest = hashlib.sha256()
         self._digested = self._following = 0
         self._descriptor: int | None = None
@@ -73,12 +75,15 @@ class ShardWriter:
         if self._descriptor is not None and (kind or not complete):
             self.path.unlink()
         if kind is None and not complete:
-            raise RuntimeError(f"{self.path.name}: {len(self._complete)} of {len(self.tensors)} tensors were written")
+            raise RuntimeError(f"{self.path.name}: {len(self._checksums)} of {len(self.tensors)} tensors were written")
 
     @property
-    def sha256(self) -> str:
-        """The sha256 of the whole file, once it is complete."""
-        return self._digest.hexdigest()
+    def written(self) -> WrittenFile:
+        """What the file holds, once it is complete."""
+        tensors = [
+            WrittenTensor(t.slot.stored, *self._places[t.slot.name], self._checksums[t.slot.name]) for t in self.tensors
+        ]
+        return WrittenFile(self.path, self._digest.hexdigest(), self._header, tensors)
 
     def write(self, planned: PlannedTensor, rows: RowRuns) -> None:
         """Write one of `tensors` as a whole, cast to its planned dtype.
@@ -88,6 +93,7 @@ class ShardWriter:
         """
         descriptor = self._open()
         position, end = self._places[planned.slot.name]
+        checksum = 0
         for _, values in rows:
             if tuple(values.shape[1:]) != planned.shape[1:] or values.dim() != len(planned.shape):
                 raise ValueError(f"{planned.slot.name} has rows of {tuple(values.shape)}, planned was {planned.shape}")
@@ -95,11 +101,13 @@ class ShardWriter:
             if not is_finite(stored):
                 problem = f"has values beyond {CONFIG_DTYPES[planned.dtype]}; choose a wider output.dtype"
                 raise NumericalError(f"tensor {planned.slot.stored} {problem}", tensor=planned.slot.stored)
-            position = _write_at(descriptor, as_bytes(stored), position)
+            merged = as_bytes(stored)
+            checksum = zlib.crc32(merged, checksum)
+            position = _write_at(descriptor, merged, position)
         if position != end:
             missing = end - position
             raise ValueError(f"{planned.slot.name}, planned as {planned.shape}, lacks {missing} bytes")
-        self._complete.add(planned.slot.name)
+        self._checksums[planned.slot.name] = checksum
         self._follow(descriptor)
 
     def _is_complete(self) -> bool:
@@ -131,7 +139,7 @@ class ShardWriter:
 
     def _next_is_complete(self) -> bool:
         at = self._following  # another thread may be moving it on
-        return at < len(self.tensors) and self.tensors[at].slot.name in self._complete
+        return at < len(self.tensors) and self.tensors[at].slot.name in self._checksums
 
     def _digest_to(self, descriptor: int, end: int) -> None:
         buffer = memoryview(bytearray(min(DIGEST_BYTES, end - self._digested)))
@@ -174,7 +182,7 @@ def write_models(
     max_shard_bytes: int,
     threads: int | None,
     on_tensor: Callable[[], None],
-) -> dict[Path, str]:
+) -> list[WrittenFile]:
     """Write every published model's folder: the shared backbone once, hard-linked, and each model's own head.
 
     A model that fits into one file is `model.safetensors`, as transformers and its users expect.
@@ -187,7 +195,7 @@ def write_models(
         on_tensor: called after each tensor; may raise to stop.
 
     Returns:
-        The sha256 of every shard, taken while it was written; a shared shard is under its first name.
+        Every shard; a shared one has its first name.
     """
     shards = cut_into_shards(plan.backbone, max_shard_bytes)
     count = len(shards) + (not plan.merges_heads)  # each model's head is one more
@@ -217,16 +225,19 @@ def write_models(
         write_tokenizer(plan.tokens_of(info), plan.vocabulary, folder)
         if plan.chat_template is not None:
             write_chat_template(plan.chat_template, folder)
-    return {writer.path: writer.sha256 for writer in (*backbone, *heads)}
+    return [writer.written for writer in (*backbone, *heads)]
 
 
-def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], RowRuns]) -> None:
-    """Write the modules of sentence-transformers of every published model.
+def write_modules(
+    plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[PlannedTensor], RowRuns]
+) -> list[WrittenFile]:
+    """Write the modules of sentence-transformers of every published model, and return their weight files.
 
     Args:
         folders: existing folders, one for each of `plan.published`.
         rows_of: computes a tensor of a module, or reads it if it is copied.
     """
+    files = []
     for folder, planned in zip(folders, plan.modules, strict=bool(plan.modules)):
         if planned is None:
             continue
@@ -243,6 +254,8 @@ def write_modules(plan: MergePlan, folders: Sequence[Path], rows_of: Callable[[P
             with ShardWriter(folder / name / WEIGHTS, tensors) as writer:
                 for tensor in writer.tensors:
                     writer.write(tensor, rows_of(tensor))
+            files.append(writer.written)
+    return files
 
 
 def largest_first(
@@ -253,8 +266,8 @@ def largest_first(
     return sorted(work, key=lambda item: math.prod(item[1].shape) < much)
 
 
-def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]) -> tuple[Path, str]:
-    """Write a model's own shard anew, with other tensors for some names. Returns the file and its sha256."""
+def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[str, Tensor]) -> WrittenFile:
+    """Write a model's own shard anew, with other tensors for some names."""
     path = max(folder.glob("model-*.safetensors"))  # the last shard, see `write_models`
     path.unlink()
     with TensorReader() as reader, ShardWriter(path, head) as writer:
@@ -262,7 +275,7 @@ def rewrite_head(folder: Path, head: Sequence[PlannedTensor], replaced: Mapping[
             new = replaced.get(tensor.slot.name)
             values = reader.read(tensor.sources[0]) if new is None else new
             writer.write(tensor, [(slice(0, len(values)), values)])
-    return path, writer.sha256
+    return writer.written
 
 
 def cut_into_shards(tensors: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:

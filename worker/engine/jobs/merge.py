@@ -21,6 +21,7 @@ from worker.engine.catalog.tasks import task_of
 from worker.engine.checkpoints.checking import check_plan
 from worker.engine.checkpoints.reloading import Reloading
 from worker.engine.checkpoints.writer import rewrite_head, write_models, write_modules
+from worker.engine.checkpoints.written import WrittenFile, check_written
 from worker.engine.inputs.fetching import Inputs
 from worker.engine.jobs import artifact
 from worker.engine.jobs.acceptance import missed
@@ -69,6 +70,7 @@ def merge(spec: MergeSpec, context: JobContext) -> MergeResult:
     metrics = evaluate(chosen.models, loaded.plan, loaded.base_digest, written.folders, context)
     candidates, accepted = judge(spec, chosen, metrics, context)
     found = compare(chosen, loaded.plan, context)
+    check_written(written.files.values(), spec.folder, torch.get_num_threads())
     context.note_first(*loaded.reloading.check_published(written.published))
     loaded.check_unchanged()
     return publish(chosen, loaded, written, Judged(metrics, candidates, accepted, found), context)
@@ -115,8 +117,8 @@ class Written:
 
     folders: Mapping[str, Path]
     """Folder of each model's merge, by model."""
-    digests: Mapping[Path, str]
-    """The sha256 of the files that were digested while they were written."""
+    files: Mapping[Path, WrittenFile]
+    """Weight files, by path."""
     shares: Sequence[float | None]
     """Every model's mean merge weight."""
 
@@ -252,17 +254,17 @@ def write(chosen: ChosenMerge, plan: MergePlan, context: JobContext) -> Written:
         published = list(dict.fromkeys(folders.values()))
         most = spec.output.max_shard_bytes
         with Backbone(plan, takes_part, merger, scale) as backbone:
-            digests = write_models(plan, published, backbone.blocks, most, threads, merging.advance)
+            files = write_models(plan, published, backbone.blocks, most, threads, merging.advance)
         with Backbone(replace(plan, base=None), takes_part, weighted_average(models, plan)) as modules:
-            write_modules(plan, published, modules.blocks)
-        return Written(folders, digests, shares)
+            files += write_modules(plan, published, modules.blocks)
+        return Written(folders, {file.path: file for file in files}, shares)
 
 
 def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobContext) -> Written:
     """Refit every kept head to the merged backbone, in the artifact."""
     if not chosen.spec.aligns:
         return written
-    digests = dict(written.digests)
+    files = dict(written.files)
     with context.timed("align_seconds"):
         rows = sum(len(model.rows.alignment) for model in chosen.models)
         aligning = context.phase("aligning", 2 * rows, "examples")
@@ -277,9 +279,9 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
             by_merge, _ = examples_of(plan, merged, model.dataset, model.rows.alignment_texts, examples)
             ridge = chosen.spec.output.align_ridge
             head = align_head(expert, wanted, merged, by_merge, context.precision, aligning.advance, ridge)
-            path, digest = rewrite_head(folder, planned, head)
-            digests[path] = digest
-    return replace(written, digests=digests)
+            file = rewrite_head(folder, planned, head)
+            files[file.path] = file
+    return replace(written, files=files)
 
 
 def judge(
@@ -346,5 +348,6 @@ def publish(
     for model in models:
         artifact.write_scores(spec.folder, model)
     scores = {model.name: model.measured.scores for model in models}
-    artifact.write_documents(spec, plan, result, loaded.base_digest, written.digests, scores, judged.interference)
+    digests = {path: file.sha256 for path, file in written.files.items()}
+    artifact.write_documents(spec, plan, result, loaded.base_digest, digests, scores, judged.interference)
     return result
