@@ -92,7 +92,10 @@ class Hub:
             raise Refused(503, "")
         if self.answer is not None:
             raise Instead(*self.answer)
-        repository = self.repositories.get((kind, f"{request.path_params['org']}/{request.path_params['name']}"))
+        asked = f"{request.path_params['org']}/{request.path_params['name']}".lower()  # the hub takes names in any case
+        repository = next(
+            (r for (of, name), r in self.repositories.items() if of == kind and name.lower() == asked), None
+        )
         allowed = request.headers.get("authorization") in {f"Bearer {token}" for token in self.tokens}
         if repository is None or (repository.private and not allowed):
             raise Refused(404, "RepoNotFound")

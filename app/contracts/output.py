@@ -75,8 +75,7 @@ class Output(TokenSettings):
     @field_validator("publish")
     @classmethod
     def _are_places(cls, targets: list[str]) -> list[str]:
-        parsed = [Target.parse(target) for target in targets]
-        if len({(target.scheme, target.name) for target in parsed}) < len(parsed):
+        if len({Target.parse(target).place for target in targets}) < len(targets):
             raise ValueError("it names a place twice")
         return targets
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from app.contracts.api_keys import TENANT
-from app.contracts.targets import FORMS, Target
+from app.contracts.targets import FORMS, Target, compared
 
 PLACEHOLDER = "{tenant}"
 PARTS = re.compile(r"\{tenant\}|.", re.DOTALL)
@@ -42,7 +42,7 @@ def checked_target(pattern: str) -> str:
 
 def check_together(patterns: Sequence[str]) -> None:
     """Raise ValueError where one tenant's place by a pattern may be another tenant's by another pattern."""
-    heads = {pattern.partition(PLACEHOLDER)[0]: pattern for pattern in patterns if PLACEHOLDER in pattern}
+    heads = {compared(pattern).partition(PLACEHOLDER)[0]: pattern for pattern in patterns if PLACEHOLDER in pattern}
     for shorter, one in heads.items():
         for longer, other in heads.items():
             between = longer.removeprefix(shorter)

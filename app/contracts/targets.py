@@ -15,6 +15,11 @@ FORMS = {"hf": (HUB, "hf:ORG/NAME"), "s3": (S3, "s3:BUCKET/PREFIX"), "mlflow": (
 MOST_TARGETS = 8
 
 
+def compared(place: str) -> str:
+    """Return a place, or a pattern of places, as it is compared: names on the hub are the same whatever their case."""
+    return place.lower() if place.startswith("hf:") else place
+
+
 @dataclass(frozen=True)
 class Target:
     scheme: str
@@ -25,6 +30,11 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.name}" + (f"@{self.at}" if self.at else "")
+
+    @property
+    def place(self) -> str:
+        """The place without its alias. Two targets with the same place write to the same files."""
+        return compared(f"{self.scheme}:{self.name}")
 
     @classmethod
     def parse(cls, text: str) -> "Target":

@@ -195,6 +195,32 @@ def test_a_stopped_service_refuses_nobody_a_second_data_folder_is_free(service: 
     assert b"is in use by another maskmerge" in errors
 
 
+def test_a_byte_that_changes_between_writing_and_publishing_fails_the_job_and_nothing_is_published(
+    service: Service,
+) -> None:
+    recipe = tiny_recipe("a", "b", name="linear")
+    for model in recipe["models"]:
+        model["evaluation"] = {**model["dataset"], "source": f"local:rows/many-{model['name']}.jsonl"}
+    job_id = service.submit(recipe)
+    engine = service.stand_still(job_id, "evaluating")
+    [file] = (service.data_dir / "work").glob(f"{job_id}.*/models/a/model-00001-of-*.safetensors")
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        [last] = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last ^ 1]))
+    engine.resume()
+    job = service.finished(job_id)
+    assert (job["status"], job["error"]["code"], job["error"]["retryable"]) == ("failed", "storage_error", True)
+    name = f"models/a/{file.name}"
+    assert job["error"]["message"].startswith(f"{name} is not what was merged: the file has other values of tensor ")
+    assert job["error"]["detail"]["file"] == name
+    assert not list((service.data_dir / "artifacts").glob(f"{job_id}.*"))
+    assert not list((service.data_dir / "work").glob(f"{job_id}.*"))
+    assert service.post(f"/jobs/{job_id}/retry").status_code == 202
+    assert service.finished(job_id)["status"] == "succeeded"
+
+
 def test_a_job_whose_engine_dies_every_time_fails_and_the_worker_lives(new_service: NewService, inputs: Path) -> None:
     service = new_service(MASKMERGE_MAX_LOSSES="2")
     service.start()

@@ -181,7 +181,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
                     "label": "y",
                 },
                 "evaluation": {
-                    "source": "hf:org/glue@main",
+                    "source": "hf:Org/GLUE@main",  # the hub takes names in any case
                     "config": "pairs",
                     "split": "validation",
                     "text": "first",

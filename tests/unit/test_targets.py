@@ -29,6 +29,12 @@ def test_a_slash_at_the_end_makes_no_other_place() -> None:
         Output(publish=["s3:models/a", "s3:models/a/"])
 
 
+def test_names_on_the_hub_alone_are_the_same_in_any_case() -> None:
+    with pytest.raises(ValueError, match="names a place twice"):
+        Output(publish=["hf:acme/Reviews", "hf:Acme/reviews"])
+    assert len(Output(publish=["mlflow:prod/Reviews", "mlflow:prod/reviews"]).publish) == 2
+
+
 @pytest.mark.parametrize(
     ("pattern", "own"),
     [
@@ -37,6 +43,7 @@ def test_a_slash_at_the_end_makes_no_other_place() -> None:
         ("s3:models/{tenant}/*", "s3:models/{}/x"),
         ("hf:team-{tenant}/*", "hf:team-{}/x"),
         ("hf:acme/{tenant}.*", "hf:acme/{}.x"),
+        ("hf:Team-{tenant}/*", "hf:teaM-{}/x"),
         ("s3:models/_/{tenant}/*,s3:models/{tenant},s3:other/{tenant}/*", "s3:models/{}"),
     ],
 )
@@ -57,6 +64,7 @@ def test_a_pattern_keeps_tenants_apart(pattern: str, own: str) -> None:
         ({"publish_targets": "hf:acme/*-{tenant}"}, "no \\* may come before"),
         ({"publish_targets": "s3:m-1/{tenant}/*,s3:m-1/eu-{tenant}/*"}, "may be or begin with 'eu-'"),
         ({"publish_targets": "s3:m-1/eu/{tenant}/*,s3:m-1/{tenant}/*"}, "let tenants publish at each other's places"),
+        ({"publish_targets": "hf:Acme-{tenant}/*,hf:acme-eu-{tenant}/*"}, "may be or begin with 'eu-'"),
         ({"publish_targets": "foo"}, "matches no place"),
         ({"publish_targets": "hf:"}, "matches no place"),
         ({"publish_targets": "hf:acme"}, "is no place to publish at"),

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +44,9 @@ class Hub:
         self._pinned: dict[tuple[Repository, RepositoryType], Repository] = {}
 
     def pinned(self, repository: Repository, kind: RepositoryType) -> Repository:
-        """Return the same repository at the commit that the revision is now.
+        """Return the same repository, by the hub's own spelling, at the commit that the revision is now.
+
+        The hub takes a name in any case. With one spelling, a repository is one input however often it is named.
 
         Raises:
             ReferenceError: there is no such repository or revision, or the token may not see it.
@@ -61,7 +62,8 @@ class Hub:
                 )
             if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
                 raise SourceUnavailable(f"the hub does not say which commit {repository} is")
-            self._pinned[repository, kind] = replace(repository, revision=info.sha)
+            name = info.id if info.id.lower() == repository.name.lower() else repository.name
+            self._pinned[repository, kind] = Repository(name, info.sha)
         return self._pinned[repository, kind]
 
     def outline(self, repository: Repository, folder: Path) -> None:

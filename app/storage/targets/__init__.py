@@ -3,8 +3,9 @@
 from fnmatch import fnmatchcase
 from importlib import import_module
 
+from app.contracts.patterns import PLACEHOLDER
 from app.contracts.settings import Settings
-from app.contracts.targets import Target
+from app.contracts.targets import Target, compared
 from app.storage.targets.target import Receipt, WholeArtifact
 
 MODULES = {"hf": "hub", "mlflow": "mlflow", "s3": "s3"}
@@ -23,9 +24,10 @@ def publish(target: Target, artifact: WholeArtifact, settings: Settings) -> Rece
 
 def refusal(target: Target, tenant: str, settings: Settings) -> str | None:
     """Say why a tenant may not publish there; None if it may."""
-    place = f"{target.scheme}:{target.name}"
-    if not any(fnmatchcase(place, pattern.replace("{tenant}", tenant)) for pattern in settings.publish_targets):
-        return f"{place} is not among the places that this service publishes at (MASKMERGE_PUBLISH_TARGETS)"
+    patterns = (compared(pattern.replace(PLACEHOLDER, tenant)) for pattern in settings.publish_targets)
+    if not any(fnmatchcase(target.place, pattern) for pattern in patterns):
+        asked = f"{target.scheme}:{target.name}"
+        return f"{asked} is not among the places that this service publishes at (MASKMERGE_PUBLISH_TARGETS)"
     if target.scheme == "hf" and settings.hub_token_file is None:
         return "this service has no token to publish on the hub with (MASKMERGE_HUB_TOKEN_FILE)"
     server = target.name.partition("/")[0]
