@@ -111,7 +111,7 @@ def test_files_that_change_after_they_were_written_are_not_published(engine: Eng
     spec = merge_spec(tmp_path / "out", [model_spec(path) for path in folders], {"name": "linear"})
     base = CheckpointSpec(source="local:base", path=tiny_checkpoint(tmp_path / "base", seed=3))
     spec = spec.model_copy(update={"base": base})
-    damaged = []
+    damaged: list[str] = []
 
     def on_progress(phase: str, *_: object) -> None:
         if phase == "comparing" and not damaged:
