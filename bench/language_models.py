@@ -190,7 +190,8 @@ class Bench:
         return [PREDICTING, what, list(tasks), digests, asked, code_digest(modules)]
 
     def _searched(self, tasks: Combination) -> tuple[str, dict[str, Array]]:
-        self._models.keep_only([])  # the engine loads them for itself
+        self._models.keep_only([])  # the engine loads them for itself, and reads what was measured of them
+        self._measured.clear()
         with TemporaryDirectory() as folder:
             spec = MergeSpec(
                 name="+".join(tasks),
