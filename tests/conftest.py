@@ -203,11 +203,11 @@ class Service:
     def processes(self) -> dict[str, psutil.Process]:
         """What runs now, by role: supervisor, redis, api, inspector, worker, engine, renderer."""
         assert self.process is not None
-        found = {}
+        found: dict[str, psutil.Process] = {}
         for process, words in running(psutil.Process(self.process.pid)):
             for role, mark in ROLES.items():
                 if any(mark in word for word in words):
-                    found[role] = process
+                    found.setdefault(role, process)  # a copy of the inspector comes after it
                     break
         return found
 

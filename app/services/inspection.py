@@ -2,8 +2,8 @@
 
 Checkpoints and data sets come from outside, and may be made to take for ever to read, or all memory. So one process,
 the inspector, loads all that checks need and then only copies itself, once for each request. The copy reads, plans,
-answers and ends (see `app.services.inspector`). A copy costs some milliseconds, cannot disturb other requests, and has
-the limits of one request.
+answers and ends (see `app.services.inspector`). It cannot disturb other requests, and has the limits of one request. To
+make it takes some milliseconds, so that the next one is made ahead of its request.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from tempfile import mkdtemp
@@ -44,6 +44,8 @@ HUB_S = DEADLINE_S + REQUEST_TIMEOUT_S  # the hub's own deadline is looked at be
 START_S = 60.0  # loading what checks need, on a machine that is busy
 MAX_ANSWER_BYTES = 64_000_000  # a request has 1 MB; with all defaults filled in, and twice in a plan, less than this
 LONGEST_QUOTE = 200  # characters of a reference that a message quotes
+LONGEST_PLACE = 16_000
+"""Number of bytes that two quotes and the name of a field take at most, each character as an escape."""
 
 logger = logging.getLogger(__name__)
 
@@ -127,12 +129,24 @@ class Began(BaseModel):
 
 
 class ReadingInput(BaseModel):
-    """Sent before a file is read. `field` is the request's, `source` the reference of a checkpoint or data set."""
+    """The file that a copy reads. `field` is the request's, `source` the reference of a checkpoint or data set.
 
-    event: Literal["reading"] = "reading"
-    field: str
-    source: str
-    file: str
+    A copy writes it before each file into memory that it shares with the API, which looks there once the copy has not
+    answered. As messages they would take the API more time than all the rest.
+    """
+
+    field: str = ""
+    source: str = ""
+    file: str = ""
+
+    def write(self, place: int) -> None:
+        """Write it over the last one, of which what is longer stays behind the end of the line."""
+        os.pwrite(place, self.model_dump_json().encode() + b"\n", 0)
+
+    @classmethod
+    def read(cls, place: int) -> "ReadingInput":
+        line, end, _ = os.pread(place, LONGEST_PLACE, 0).partition(b"\n")
+        return cls.model_validate_json(line) if end else cls()
 
 
 class AskedHub(BaseModel):
@@ -190,7 +204,7 @@ class Broken(BaseModel):
     error: str
 
 
-InspectorEvent = Began | ReadingInput | AskedHub | Allowed | Read | Seen | Sound | Refused | Exhausted | Broken
+InspectorEvent = Began | AskedHub | Allowed | Read | Seen | Sound | Refused | Exhausted | Broken
 EVENT: TypeAdapter[InspectorEvent] = TypeAdapter(Annotated[InspectorEvent, Field(discriminator="event")])
 
 
@@ -225,10 +239,11 @@ class Inspectors:
         """Start the inspector. Questions that come before it is loaded wait for it."""
         self._end()
         self._scratch = self._scratch or Scratch()
+        scratch = self._scratch.path
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "app.services.inspector", str(os.getpid()), str(theirs.fileno())],
+                [sys.executable, "-m", "app.services.inspector", *map(str, (os.getpid(), theirs.fileno(), scratch))],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.stderr,
                 pass_fds=[theirs.fileno()],
@@ -359,8 +374,9 @@ class Inspectors:
 
     async def _ask(self, question: Question) -> Allowed | Read | Seen | Sound:
         for _ in range(2):  # another inspector is soon there, whatever ended this one
-            reader, writer = await asyncio.open_unix_connection(sock=self._copy(), limit=MAX_ANSWER_BYTES)
-            conversation = _Conversation(reader, writer, self._limits.seconds)
+            place = os.memfd_create("place")
+            reader, writer = await asyncio.open_unix_connection(sock=self._copy(place), limit=MAX_ANSWER_BYTES)
+            conversation = _Conversation(reader, writer, self._limits.seconds, place)
             try:
                 return await conversation.hold(question)
             except InspectorDied:
@@ -370,8 +386,12 @@ class Inspectors:
         detail = "nothing can be inspected now, since processes of this service are being ended"
         raise ProblemError(Problem.TOO_BUSY, detail, None, **{"Retry-After": "2"})
 
-    def _copy(self) -> socket.socket:
-        """Connects to a new copy of the inspector, and starts the inspector if it is gone."""
+    def _copy(self, place: int) -> socket.socket:
+        """Connect to the next copy of the inspector, and start the inspector if it is gone.
+
+        Args:
+            place: descriptor of the memory in which the copy writes what it reads.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             for _ in range(2):
@@ -379,7 +399,7 @@ class Inspectors:
                     self.start()
                 assert self._control is not None  # noqa: S101 - for the type checker, see start
                 try:
-                    socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+                    socket.send_fds(self._control, [b"x"], [theirs.fileno(), place])
                     break
                 except OSError:  # it is just ending
                     self._end()
@@ -394,10 +414,10 @@ class _Conversation:
     writer: StreamWriter
     seconds: float
     """Seconds that the inspection may take, without waiting for the hub."""
+    place: int
+    """Descriptor of the memory in which the copy writes what it reads."""
     process: int = -1
     """Descriptor of the process, so that no other process with the same number is ended."""
-    place: ReadingInput = field(default_factory=lambda: ReadingInput(field="", source="", file=""))
-    """The file that it reads now."""
 
     async def hold(self, question: Question) -> Allowed | Read | Seen | Sound:
         began = await self._next(START_S)
@@ -419,8 +439,6 @@ class _Conversation:
                 raise self._too_slow(waits_for_hub) from None
             left[waits_for_hub] -= time.monotonic() - since
             match event:
-                case ReadingInput():
-                    self.place = event
                 case AskedHub():
                     waits_for_hub = event.is_waited_for
                 case Allowed() | Read() | Seen() | Sound():
@@ -432,7 +450,7 @@ class _Conversation:
                     raise self._refused(event.problem)
                 case Broken():
                     raise RuntimeError(f"an inspection ended with {event.error}")
-                case None if self.place.field:
+                case None if ReadingInput.read(self.place).field:
                     raise self._refused("reading it ended the process that inspects it, as want of memory does")
                 case _:
                     raise InspectorDied
@@ -443,6 +461,7 @@ class _Conversation:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.process, signal.SIGKILL)
             os.close(self.process)
+        os.close(self.place)
         self.writer.close()
 
     async def _next(self, timeout_s: float) -> InspectorEvent | None:
@@ -458,12 +477,12 @@ class _Conversation:
         if not waits_for_hub:
             return self._refused(f"what the request names takes more than {self.seconds:g} s to inspect, up to here")
         detail = f"the hub takes more than {DEADLINE_S:.0f} s to describe what the request names"
-        errors = [FieldError(field=self.place.field, message=detail)]
+        errors = [FieldError(field=ReadingInput.read(self.place).field, message=detail)]
         return ProblemError(Problem.HUB_UNAVAILABLE, detail, errors, **{"Retry-After": "10"})
 
     def _refused(self, why: str) -> ProblemError:
         """Return the refusal of the file that is being read now."""
-        place = self.place
+        place = ReadingInput.read(self.place)
         what, problem = "checkpoint", Problem.INVALID_CHECKPOINT
         if place.field.endswith((".dataset", ".evaluation")):
             what, problem = "data set", Problem.INVALID_DATASET

@@ -1,7 +1,7 @@
 """The inspector's end of inspections; `app.services.inspection` is the API's.
 
-The inspector itself reads nothing from outside. It copies itself (`fork`) for every socket that it is handed, and the
-copy answers the question that comes through that socket.
+The inspector itself reads nothing from outside. It copies itself (`fork`), and the copy waits for the next socket that
+the API hands over, and answers the question that comes through it. As soon as it has one, the inspector makes the next.
 """
 
 import gc
@@ -9,10 +9,12 @@ import json
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -46,7 +48,7 @@ from app.services.inspection import (
     Weights,
 )
 from app.services.previews import previewed
-from app.services.warm_up import inspect_own_merge
+from app.services.warm_up import OwnMerge
 from app.storage.artifacts import open_artifacts
 from app.storage.sources import Sources, preload
 from app.storage.sources.source import SourceContext
@@ -55,41 +57,88 @@ from worker.engine.catalog.checkpoints.library import activations
 from worker.engine.catalog.checkpoints.reading import observed
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
 
+WARM_AFTER_S = 0.15  # questions that follow each other fast do not wait for it
+
 logger = logging.getLogger(__name__)
 
 
-def serve(control: socket.socket) -> None:
-    """Serve until the process at the other end closes it or ends."""
+def serve(control: socket.socket, scratch: Path) -> None:
+    """Serve until the process at the other end closes it or ends.
+
+    Args:
+        scratch: folder for files that are needed as long.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the API ends this one
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how copies ended
     activations()  # so that copies have read the table of the library's models
     preload()
-    inspect_own_merge()
+    own_merge = OwnMerge(Path(tempfile.mkdtemp(dir=scratch)))
+    own_merge.inspect()
     gc.collect()
     gc.freeze()  # so that collecting garbage in a copy does not write to all that it shares with this process
+    while _copied(control, own_merge):
+        pass
+
+
+def _copied(control: socket.socket, own_merge: OwnMerge) -> bool:
+    """Make a copy, and return once it has a question, or whether there will be another if it ends without one."""
     inspector = os.getpid()
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 1, 1)
-        if not message:
-            return
-        with socket.socket(fileno=descriptors[0]) as connection:
-            try:
-                pid = os.fork()
-            except OSError as error:  # there are as many processes as there may be
-                logger.error("no process can be made: %s", error)
-                continue
-            if pid == 0:
-                try:
-                    control.close()
-                    die_with_parent(inspector)
-                    _answer(connection)
-                finally:
-                    os._exit(0)
+    ours, theirs = os.pipe()
+    try:
+        pid = os.fork()
+    except OSError as error:  # there are as many processes as there may be
+        logger.error("no process can be made: %s", error)
+        os.close(ours)
+        os.close(theirs)
+        message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        for descriptor in descriptors:  # its question is told so by the end of the connection
+            os.close(descriptor)
+        return bool(message)
+    if pid == 0:
+        try:
+            die_with_parent(inspector)
+            os.close(ours)
+            _warm(control, own_merge)
+            _take(control, theirs)
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    has_question = bool(os.read(ours, 1))
+    os.close(ours)
+    if not has_question:
+        time.sleep(0.1)  # whatever ends one may end the next
+    return has_question or _is_open(control)
 
 
-def _answer(connection: socket.socket) -> None:
+def _warm(control: socket.socket, own_merge: OwnMerge) -> None:
+    """Inspect the own merge, unless a question comes soon; till then the processor is for the copy before this one."""
+    if not select.select([control], [], [], WARM_AFTER_S)[0]:
+        with suppress(Exception):  # it saves time, and that is all
+            own_merge.inspect()
+
+
+def _is_open(control: socket.socket) -> bool:
+    try:
+        return bool(control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return True
+
+
+def _take(control: socket.socket, taken: int) -> None:
+    """Wait for a question, say that it is here, and answer it."""
+    message, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+    if message:
+        os.write(taken, b"x")
+        os.close(taken)
+        control.close()
+        connection, place = descriptors
+        with socket.socket(fileno=connection) as answering:
+            _answer(answering, place)
+
+
+def _answer(connection: socket.socket, place: int) -> None:
     with suppress(OSError), connection.makefile("rb") as questions:
-        told = _Told(connection)
+        told = _Told(connection, place)
         told.send(Began(pid=os.getpid()))
         outcome: BaseModel
         try:
@@ -173,8 +222,9 @@ def _checked(weights: Weights, told: "_Told") -> Sound:
 class _Told:
     """Tells the API of each step before it is done."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, place: int) -> None:
         self._connection = connection
+        self._place = place
         self._field = ""
 
     def send(self, event: BaseModel) -> None:
@@ -184,7 +234,7 @@ class _Told:
         self._field = field
 
     def reads(self, source: str, file: str) -> None:
-        self.send(ReadingInput(field=self._field, source=source[:LONGEST_QUOTE], file=file[:LONGEST_QUOTE]))
+        ReadingInput(field=self._field, source=source[:LONGEST_QUOTE], file=file[:LONGEST_QUOTE]).write(self._place)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -200,4 +250,4 @@ if __name__ == "__main__":
     configured = Settings()
     configure(configured.log_level, configured.log_format, "inspector")
     with socket.socket(fileno=int(sys.argv[2])) as control:
-        serve(control)
+        serve(control, Path(sys.argv[3]))

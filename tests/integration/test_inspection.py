@@ -55,12 +55,12 @@ async def check(inspectors: Inspectors, *names: str) -> Accepted:
 
 
 async def copy_of(inspectors: Inspectors) -> psutil.Process:
-    """The one that inspects, as soon as there is one."""
+    """The one that takes the first question, as soon as there is one; the next waits beside it."""
     assert inspectors._process is not None
     inspector = psutil.Process(inspectors._process.pid)
     while True:
-        for process in inspector.children():
-            return process
+        if copies := inspector.children():
+            return min(copies, key=psutil.Process.create_time)
         await asyncio.sleep(0.01)
 
 
@@ -240,8 +240,10 @@ def test_an_inspection_leaves_no_files_behind(inputs: Path, tmp_path: Path, monk
         async with inspecting(inputs, tmp_path / "data") as inspectors:
             asked = asyncio.create_task(refusal(check(inspectors, "slow", "a")))
             copy = await copy_of(inspectors)
-            [scratch] = (tmp_path / "scratch").glob("*/*")
-            (scratch / "left").touch()
+            while len(folders := list((tmp_path / "scratch").glob("*/*"))) < 2:  # the inspector's own, and the copy's
+                await asyncio.sleep(0.01)
+            for folder in folders:
+                (folder / "left").touch()
             copy.kill()
             await asked
         assert not list((tmp_path / "scratch").iterdir())
