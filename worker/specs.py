@@ -44,7 +44,7 @@ class Inputs:
 
     def checkpoint(self, reference: str) -> dict[str, object]:
         found = self.fetch(reference, "checkpoint", self.record.inputs.get(reference))
-        return {"source": reference, **_where(found), "state": found.state}
+        return {"source": reference, **_where(found), "state": found.state, "license": found.license}
 
     def _statistics(self, reference: str) -> dict[str, object]:
         return {"source": reference, **_where(self.fetch(reference, "statistics", self.record.inputs.get(reference)))}

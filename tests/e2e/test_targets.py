@@ -1,5 +1,6 @@
 """Merges that leave the service: what goes along with them, and the places that they are published at."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -170,6 +171,33 @@ def test_provenance_names_every_file_and_every_input(job: dict[str, Any], downlo
     assert run["metadata"]["invocationId"] == f"urn:maskmerge:job:{job['id']}:1"
     listed = {file["name"] for file in json.loads((downloaded / "manifest.json").read_text())["files"]}
     assert listed == files - {"manifest.json"}
+
+
+def test_a_merge_of_a_merge_keeps_the_licences_and_is_verified_by_itself(
+    service: Service, job: dict[str, Any], downloaded: Path, public_key: Path, tmp_path: Path
+) -> None:
+    """Its provenance names the model that it is made of by the digests that the first artifact's provenance has."""
+    models = [{"name": "first", "checkpoint": f"job:{job['id']}/a"}, {"name": "b", "checkpoint": "local:checkpoints/b"}]
+    base = f"job:{job['id']}/b"
+    chained = service.finished(service.submit({"models": models, "base": base, "method": {"name": "task_arithmetic"}}))
+    assert chained["status"] == "succeeded", chained["error"]
+    with tarfile.open(fileobj=BytesIO(service.get(f"/jobs/{chained['id']}/archive").content)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert main(["verify", str(tmp_path), "--key", str(public_key)]) == Exit.OK
+    definition = json.loads((tmp_path / "provenance.json").read_text())["predicate"]["buildDefinition"]
+    found = {dependency["name"]: dependency for dependency in definition["resolvedDependencies"]}
+    both = {"license": "cc-by-nc-4.0 AND gpl-3.0"}
+    assert [found[name].get("annotations") for name in ("first", "b", "base")] == [both, {"license": "gpl-3.0"}, both]
+    first = json.loads((downloaded / "provenance.json").read_text())
+    for name, model in (("first", "a"), ("base", "b")):
+        assert found[name]["uri"] == f"job:{job['id']}/{model}"
+        of_files = {subject["name"]: subject["digest"]["sha256"] for subject in first["subject"]}
+        of_model = {Path(of).name: digest for of, digest in of_files.items() if of.startswith(f"models/{model}/")}
+        read = ["config.json", *sorted(of for of in of_model if of.endswith(".safetensors"))]
+        lines = "".join(f"{of}\0{of_model[of]}\n" for of in read)
+        assert found[name]["digest"] == {CHECKPOINT_DIGEST: hashlib.sha256(lines.encode()).hexdigest()}
+    noted = [note for note in chained["result"]["notes"] if note.startswith("licences: ")]
+    assert "of first, the base, restricts commercial use" in noted[0]
 
 
 def test_an_artifact_is_verified_by_its_public_key(

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from worker.engine.catalog.checkpoints.licences import LICENCES, common_licence, licence_notes, stated_licence
+from worker.engine.catalog.checkpoints.licences import (
+    LICENCES,
+    common_licence,
+    joined_licence,
+    licence_notes,
+    stated_licence,
+)
 
 CARDS: Mapping[str, tuple[str, str | None]] = {
     "plain": ("---\nlicense: Apache-2.0\ntags:\n- a\n---\n# a", "apache-2.0"),
@@ -43,6 +49,18 @@ def test_only_inputs_under_the_same_licence_have_a_common_one() -> None:
 
 def test_permissive_licences_need_no_note() -> None:
     assert list(licence_notes({"a": "mit", "b": "apache-2.0", "c": "cc-by-4.0"})) == []
+
+
+def test_what_is_made_of_several_models_has_all_their_licences() -> None:
+    assert joined_licence(["mit", "mit"]) == "mit"
+    assert joined_licence([None, None]) is None
+    joined = joined_licence(["mit", "gpl-3.0", None])
+    assert joined == "NOASSERTION AND gpl-3.0 AND mit"
+    assert joined_licence([joined, "gemma"]) == "NOASSERTION AND gemma AND gpl-3.0 AND mit"
+    notes = list(licence_notes({"a": joined, "b": "gemma"}))
+    assert [note.partition(", of ")[0] for note in notes[:2]] == ["licences: gemma", "licences: gpl-3.0"]
+    assert notes[2].startswith("licences: gemma and gpl-3.0 each bind")
+    assert notes[3].startswith("licences: a states none")
 
 
 def test_nothing_is_noted_where_no_input_states_a_licence() -> None:

@@ -1,5 +1,6 @@
 """`job:ID/MODEL`: models of earlier jobs' artifacts, so that merges can be chained."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +13,8 @@ from app.storage.inputs import OnBytes, RootedPath
 from app.storage.objects.errors import StorageAway
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext, StorageUnavailable
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.licences import joined_licence
+from worker.engine.catalog.contracts.report import MANIFEST
 
 IS_REMOTE = False
 JOB = re.compile(r"(?P<job>[0-9a-f]{28})/(?P<model>(?!\.+$)[A-Za-z0-9._-]{1,64})")
@@ -69,7 +72,7 @@ class JobSource:
         try:
             with _intact(reference):
                 artifact, model = self._artifact(reference)
-                return FetchedInput(artifact.fetch(model, on_bytes, self._held))
+                return FetchedInput(artifact.fetch(model, on_bytes, self._held), license=_licence(artifact))
         except ReferenceError as error:
             job, _ = _parsed(reference)
             if isinstance(self._outcome(job), Outcome):
@@ -96,6 +99,15 @@ class JobSource:
             there = f"there are {', '.join(artifact.models)}" if artifact.models else "it made none"
             raise ReferenceError(f"'{reference}': job {name} has no model {model}; {there}")
         return artifact, model
+
+
+def _licence(artifact: Artifact) -> str | None:
+    """Return the licence of an artifact's models, each of which is made of all of the artifact's inputs."""
+    [file] = [file for file in artifact.files if file.name == MANIFEST]
+    with file.open() as stream:
+        manifest = json.load(stream)
+    made_of = [*manifest.get("inputs", {}).values(), *([manifest["base"]] if manifest.get("base") else [])]
+    return joined_licence(about.get("license") for about in made_of)
 
 
 @contextmanager

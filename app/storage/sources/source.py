@@ -37,6 +37,8 @@ class FetchedInput:
     hub: HubSource | None = None
     state: str | None = None
     """State that `checkpoint_state` must find at the place; None where nothing ever changes."""
+    license: str | None = None
+    """Licence of a model that an earlier job made, which has no card of its own."""
 
 
 class Source(Protocol):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from worker.engine.catalog.checkpoints.licences import stated_licence
 from worker.engine.catalog.contracts.report import MANIFEST, JobResult, MergeResult, ModelReport, ScoreResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec
 from worker.engine.catalog.planning.plan import MergePlan
@@ -71,7 +70,7 @@ def _ancestor(spec: MergeSpec, plan: MergePlan, digest: str | None) -> dict[str,
     if plan.base is None or spec.base is None:
         return None
     commit = {"commit": spec.base.hub.commit} if spec.base.hub else {}
-    return {"checkpoint": plan.base.source, **commit, "digest": digest, "license": stated_licence(plan.base.path)}
+    return {"checkpoint": plan.base.source, **commit, "digest": digest, "license": spec.base.licence(plan.base)}
 
 
 def write_score_documents(spec: ScoreSpec, result: ScoreResult, scores: ScoresByModel) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from worker.engine.catalog.checkpoints.licences import stated_licence
 from worker.engine.catalog.contracts.report import (
     GivenStatisticReport,
     ModelResult,
@@ -52,7 +51,7 @@ def _measured_fields(model: JobModel) -> dict[str, Any]:
         "checkpoint": model.spec.source,
         "commit": model.spec.hub.commit if model.spec.hub else None,
         "digest": model.digest,
-        "license": stated_licence(model.info.path),
+        "license": model.spec.licence(model.info),
         "examples": model.measured.rows,
         "batch_tokens": model.measured.batch_tokens,
         "score_seconds": round(model.measured.seconds, 3),
@@ -63,8 +62,8 @@ def _measured_fields(model: JobModel) -> dict[str, Any]:
 def stated_licences(spec: MergeSpec, plan: MergePlan) -> dict[str, str | None]:
     """Return the licence that each input of a merge states, by the model's name; that of the base too."""
     named = zip(spec.models, plan.checkpoints, strict=True)
-    found = {model.name: stated_licence(info.path) for model, info in named}
-    return found if plan.base is None else {**found, "the base": stated_licence(plan.base.path)}
+    found = {model.name: model.licence(info) for model, info in named}
+    return {**found, "the base": spec.base.licence(plan.base)} if spec.base and plan.base else found
 
 
 def as_run(spec: JobSpec, precision: Precision, models: Sequence[JobModel]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import yaml
 from markupsafe import Markup
 
 from worker.engine.catalog.checkpoints.architectures import use_of
-from worker.engine.catalog.checkpoints.licences import LICENCES, common_licence, stated_licence
+from worker.engine.catalog.checkpoints.licences import LICENCES, common_licence
 from worker.engine.catalog.contracts.report import MergeResult, MetricResult
 from worker.engine.catalog.contracts.spec import EvaluationSpec, MergeSpec
 from worker.engine.catalog.data.spec import DatasetSpec
@@ -50,7 +50,7 @@ def model_card(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> str:
         origins=_origins(spec, result),
         slices=(SLICE_COLUMNS, slice_rows(slices)) if slices else None,
         parameters=_values({key: v for key, v in result.method.items() if key != "name" and v is not None}),
-        base=_base(base.source, plan) if base else None,
+        base=_base(base.source, spec, plan) if base else None,
         notes=result.notes,
         metrics=metric_table(result) if result.metrics else None,
         about_metrics=ABOUT_METRICS,
@@ -84,7 +84,7 @@ def _metadata(spec: MergeSpec, plan: MergePlan, result: MergeResult, library: st
     repositories = list(dict.fromkeys(c.hub.repository for c in spec.checkpoints if c.hub))
     read = [rows for model in spec.models for rows in (model.dataset, model.evaluation) if rows]
     datasets = list(dict.fromkeys(rows.hub.repository for rows in read if rows.hub))
-    licence = common_licence(_licences(plan, result))
+    licence = common_licence(_licences(spec, plan, result))
     return {
         **({"license": licence} if licence in LICENCES else {}),
         "library_name": library,
@@ -125,14 +125,14 @@ def _dataset(rows: EvaluationSpec | DatasetSpec) -> dict[str, str]:
     return {**named, **{key: value for key, value in (("config", rows.config), ("split", rows.split)) if value}}
 
 
-def _licences(plan: MergePlan, result: MergeResult) -> dict[str, str | None]:
+def _licences(spec: MergeSpec, plan: MergePlan, result: MergeResult) -> dict[str, str | None]:
     own = {model.name: model.license for model in result.models}
-    return own if plan.base is None else {**own, "base": stated_licence(plan.base.path)}
+    return {**own, "base": spec.base.licence(plan.base)} if spec.base and plan.base else own
 
 
-def _base(source: str, plan: MergePlan) -> Markup:
+def _base(source: str, spec: MergeSpec, plan: MergePlan) -> Markup:
     """Name the base, and the licence that it states."""
-    licence = stated_licence(plan.base.path) if plan.base else None
+    licence = spec.base.licence(plan.base) if spec.base and plan.base else None
     return code(source) if licence is None else Markup("{} (licence {})").format(code(source), code(licence))
 
 

@@ -5,7 +5,7 @@ A licence is the hub's identifier in the front matter of a checkpoint's README.m
 that it lacks is told as unknown.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -97,6 +97,10 @@ LICENCES: Mapping[str, Known] = {
 }
 """Licences by the hub's identifiers (https://huggingface.co/docs/hub/repositories-licenses)."""
 
+AND = " AND "
+"""Joins licences that count together. Licences of cards are in lower case, so none of them has it."""
+UNSTATED = "NOASSERTION"
+"""Stands among joined licences for those that are not stated."""
 SAYS = {
     Term.NON_COMMERCIAL: "restricts commercial use, also of what is made of it",
     Term.NO_DERIVATIVES: "restricts passing on what is made of it, as a merge is",
@@ -127,6 +131,20 @@ def stated_licence(folder: Path) -> str | None:
     return licence.strip().lower()[:LONGEST_NAME] or None
 
 
+def joined_licence(licences: Iterable[str | None]) -> str | None:
+    """Return the licence of a model that is made of others: theirs, as SPDX joins those that count together.
+
+    Args:
+        licences: what each of the others states, which may be joined itself.
+    """
+    parts = {part for licence in licences for part in _parts(licence)}
+    return None if parts <= {UNSTATED} else AND.join(sorted(parts))
+
+
+def _parts(licence: str | None) -> list[str]:
+    return [UNSTATED] if licence is None else licence.split(AND)
+
+
 def _front_matter(card: str) -> Mapping[str, Any]:
     lines = card.splitlines()
     if not lines or lines[0].rstrip() != "---":
@@ -148,17 +166,18 @@ def licence_notes(licences: Mapping[str, str | None]) -> Iterator[str]:
     Args:
         licences: the licence that each input states, by the input's name; None for those that state none.
     """
-    stated = {name: licence for name, licence in licences.items() if licence is not None}
+    parts = {name: _parts(licence) for name, licence in licences.items()}
+    stated = {part for of_input in parts.values() for part in of_input} - {UNSTATED}
     if not stated:
         return
-    silent = [name for name in licences if name not in stated]
-    unknown = sorted({licence for licence in stated.values() if licence not in LICENCES})
+    silent = [name for name, of_input in parts.items() if UNSTATED in of_input]
+    unknown = sorted(stated - LICENCES.keys())
     binding: set[str] = set()
-    for licence in sorted({*stated.values()} - {*unknown}):
+    for licence in sorted(stated & LICENCES.keys()):
         known = LICENCES[licence]
         says = [SAYS[term] for term in Term if term in known.terms]
         if says:
-            whose = ", ".join(name for name, of in stated.items() if of == licence)
+            whose = ", ".join(name for name, of_input in parts.items() if licence in of_input)
             told = f"licences: {licence}, of {whose}, {' and '.join(says)}"
             yield f"{told}; read it before you pass the merge on: {known.source}"
         if known.terms & {Term.SHARE_ALIKE, Term.OWN_TERMS}:

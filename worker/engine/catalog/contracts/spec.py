@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
+from worker.engine.catalog.checkpoints.info import CheckpointInfo
+from worker.engine.catalog.checkpoints.licences import stated_licence
 from worker.engine.catalog.data.spec import DatasetSpec, Generation, HubSource
 from worker.engine.catalog.methods import AutoParameters, BaseParameters, Method
 from worker.engine.catalog.primitives.slices import OutputSlice
@@ -42,6 +44,12 @@ class CheckpointSpec(Strict):
     """Value of `checkpoint_state` when the job was accepted."""
     root: Path | None = None
     """Folder under which the checkpoint's files must lie, after following links; None for any."""
+    license: str | None = None
+    """Licence of a model that an earlier job made; None where the checkpoint's own card states it."""
+
+    def licence(self, info: CheckpointInfo) -> str | None:
+        """Return the licence of the checkpoint; None where none is stated."""
+        return self.license or stated_licence(info.path)
 
 
 class ModelSpec(CheckpointSpec):
