@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from redis import Redis
 
-from app.contracts.jobs import Attempt, PhaseName, Progress
+from app.contracts.jobs import Attempt, ModelProgress, PhaseName, Progress
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
 from app.storage.tasks import CutScoring, NewShard, ScoringPhase
@@ -66,7 +66,9 @@ def split(store: JobStore, shards: int) -> None:
         raise RuntimeError("the job was not there")
     work = json.dumps({"method": "x" * 400})
     phase = ScoringPhase(start=0.1, span=0.8, total=shards * 100, least=0.02)
-    cut = CutScoring([NewShard(f"local:{n % 8}", work) for n in range(shards)], phase, 0, {})
+    models = [f"m{n % 8}" for n in range(shards)]
+    of = {model: ModelProgress(done=0, total=100 * models.count(model)) for model in models}
+    cut = CutScoring([NewShard(model, 100, f"local:{model}", work) for model in models], phase, of, {})
     if not store.tasks.split(attempt, cut):
         raise RuntimeError("the job was not split")
 

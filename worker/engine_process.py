@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,8 @@ class Progressed(BaseModel):
     done: int
     total: int
     unit: str
+    models: dict[str, tuple[int, int]]
+    """Done and total of each model."""
 
 
 class Finished(BaseModel):
@@ -389,11 +392,12 @@ class Throttled:
         self._events = events
         self._last = 0.0
 
-    def __call__(self, phase: str, done: int, total: int, unit: str) -> None:
+    def __call__(self, phase: str, done: int, total: int, unit: str, models: Mapping[str, tuple[int, int]]) -> None:
         now = time.monotonic()
         if done in (0, total) or now - self._last >= PROGRESS_INTERVAL_S:
             self._last = now
-            _send(self._events, Progressed(phase=PhaseName(phase), done=done, total=total, unit=unit))
+            told = Progressed(phase=PhaseName(phase), done=done, total=total, unit=unit, models=dict(models))
+            _send(self._events, told)
 
 
 def _job_error(error: Exception) -> JobError:

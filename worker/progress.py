@@ -1,9 +1,9 @@
 """Computes, from the engine's phases, the fraction of the whole job that is done, and an estimate of the time left."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from app.contracts.jobs import PhaseName, Progress
+from app.contracts.jobs import ModelProgress, PhaseName, Progress
 
 # Shares of the seconds that the phases took on two MiniLM experts with 1,024 rows each on two cores.
 # The time of downloading, which only jobs with inputs on the hub do, depends on the connection. That of searching,
@@ -53,13 +53,22 @@ class ProgressMeter:
         """Return the fraction of the job at which a phase begins, and its share of the job."""
         return self._spans[phase]
 
-    def update(self, phase: PhaseName, done: int, total: int, unit: str) -> Progress:
+    def update(
+        self, phase: PhaseName, done: int, total: int, unit: str, models: Mapping[str, tuple[int, int]] | None = None
+    ) -> Progress:
+        """Note how far a phase is. `models` has done and total of each model in a phase that goes model by model."""
         start, span = self._spans[phase]
         fraction = max(self.current.fraction, start + span * (done / total if total else 0.0))
         eta = None
         if fraction >= LEAST_FRACTION:
             eta = round((self._clock() - self._started) / fraction * (1 - fraction), 1)
         self.current = Progress(
-            phase=phase, done=done, total=total, unit=unit, fraction=round(fraction, 4), eta_seconds=eta
+            phase=phase,
+            done=done,
+            total=total,
+            unit=unit,
+            fraction=round(fraction, 4),
+            eta_seconds=eta,
+            models={name: ModelProgress(done=of, total=all_of) for name, (of, all_of) in (models or {}).items()},
         )
         return self.current

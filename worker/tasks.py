@@ -3,6 +3,7 @@
 import errno
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
@@ -18,6 +19,7 @@ from app.contracts.jobs import (
     Attempt,
     ErrorCode,
     JobError,
+    ModelProgress,
     PhaseName,
     Progress,
     Record,
@@ -256,7 +258,7 @@ class TaskRunner:
                 if isinstance(event, Progressed):
                     if self._trace is not None:
                         self._trace.enters(event.phase)
-                    meter.update(event.phase, event.done, event.total, event.unit)
+                    meter.update(event.phase, event.done, event.total, event.unit, event.models)
                 elif not isinstance(event, Ready | Predicted):
                     return event
             if self._is_stopping():
@@ -370,12 +372,18 @@ class TaskRunner:
         self._discard(attempt)
         checkpoints = checkpoints_of(record)
         start, span = meter.span(PhaseName.SCORING)
-        total = meter.current.total if meter.current.phase is PhaseName.SCORING else 0
-        left = sum(shard.examples for shard in cut.shards)
+        told = meter.current if meter.current.phase is PhaseName.SCORING else Progress()
+        left = Counter[str]()
+        for shard in cut.shards:
+            left[shard.model] += shard.examples
+        totals = {model: max(of.total, left[model]) for model, of in told.models.items()} or dict(left)
         scoring = CutScoring(
-            [NewShard(checkpoints[shard.model], shard.model_dump_json()) for shard in cut.shards],
-            ScoringPhase(start=start, span=span, total=max(total, left), least=LEAST_FRACTION),
-            max(0, total - left),
+            [
+                NewShard(shard.model, shard.examples, checkpoints[shard.model], shard.model_dump_json())
+                for shard in cut.shards
+            ],
+            ScoringPhase(start=start, span=span, total=sum(totals.values()), least=LEAST_FRACTION),
+            {model: ModelProgress(done=total - left[model], total=total) for model, total in totals.items()},
             cut.batch_tokens,
         )
         self._holds = checkpoints[cut.shards[0].model]

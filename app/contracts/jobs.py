@@ -75,6 +75,13 @@ class PhaseName(StrEnum):
     DONE = "done"
 
 
+class ModelProgress(BaseModel):
+    """The part of a step's units that is one model's."""
+
+    done: int
+    total: int
+
+
 class Progress(BaseModel):
     """Progress of a job. `fraction` is that of the whole job, and never falls within an attempt."""
 
@@ -92,6 +99,8 @@ class Progress(BaseModel):
     """Share of the whole job that is done, from 0 to 1."""
     eta_seconds: float | None = None
     """Estimate of the seconds that are left; null where there is none."""
+    models: dict[str, ModelProgress] = {}
+    """Units of this step that are each model's, by its name; empty in steps that do not go model by model."""
 
 
 class ErrorCode(StrEnum):

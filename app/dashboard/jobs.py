@@ -66,6 +66,7 @@ def show_job(request: Request, record: RecordOf, services: ServicesOf) -> Respon
         events=[_told(event) for event in reversed(events[-MOST_EVENTS:])],
         earlier=max(0, len(events) - MOST_EVENTS),
         phases=PHASES,
+        tasks=None if record.status.is_final else services.store.tasks.of_job(record.id),
         files=_files(record, services),
         most_rows=MOST_ROWS,
         recipe=recipe,

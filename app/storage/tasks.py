@@ -9,7 +9,18 @@ from typing import Any, cast
 from pydantic import BaseModel
 from redis import Redis
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Status, TaskId, TaskState
+from app.contracts.jobs import (
+    Attempt,
+    ErrorCode,
+    JobError,
+    ModelProgress,
+    PhaseName,
+    Progress,
+    Stage,
+    Status,
+    TaskId,
+    TaskState,
+)
 from app.contracts.limits import TenantLimits
 from app.observability.metrics import counts_of
 from app.storage.keys import Keys
@@ -37,10 +48,30 @@ class TenantTasks:
 
 @dataclass(frozen=True)
 class NewShard:
-    """A shard to be made: the checkpoint that it reads, for workers that hold it, and its work, as JSON."""
+    """A shard to be made: its model and number of rows, the checkpoint that it reads, and its work, as JSON."""
 
+    model: str
+    rows: int
     holds: str
     work: str
+
+
+@dataclass(frozen=True)
+class RunningTask:
+    """A task that a worker is at. `model` and numbers of rows are those of a shard; None for the main task."""
+
+    worker: str
+    model: str | None = None
+    done: int | None = None
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class TasksOfJob:
+    """The tasks of one job that run, and the number of shards that wait."""
+
+    running: Sequence[RunningTask]
+    waiting_shards: int
 
 
 class ScoringPhase(BaseModel):
@@ -59,13 +90,13 @@ class CutScoring:
     """The scoring of a job, cut into shards.
 
     Args:
-        rows_done: number of rows that are in no shard, because they were done before.
+        models: rows of each model, and those of them that are in no shard, because they were done before.
         batch_tokens: see `worker.engine.catalog.contracts.spec.SharedScoring`.
     """
 
     shards: Sequence[NewShard]
     phase: ScoringPhase
-    rows_done: int
+    models: Mapping[str, ModelProgress]
     batch_tokens: Mapping[str, int]
 
 
@@ -156,8 +187,9 @@ class Tasks:
 
     def split(self, attempt: Attempt, cut: CutScoring) -> bool:
         """End the attempt, and let shards do the job's scoring. Returns False when the job is not to go on."""
-        shards = [part for shard in cut.shards for part in (shard.holds, shard.work)]
-        arguments = [cut.phase.model_dump_json(), cut.rows_done, json.dumps(dict(cut.batch_tokens)), *shards]
+        shards = [part for shard in cut.shards for part in (shard.model, shard.rows, shard.holds, shard.work)]
+        models = json.dumps({name: of.model_dump() for name, of in cut.models.items()})
+        arguments = [cut.phase.model_dump_json(), models, json.dumps(dict(cut.batch_tokens)), *shards]
         return self._write("split", attempt, arguments)
 
     def finish_shard(self, attempt: Attempt, model: str, seconds: float, rows: int) -> bool:
@@ -172,6 +204,26 @@ class Tasks:
     def work_of_shard(self, attempt: Attempt) -> str | None:
         """Return what a shard does, as `split` was told it; None when the job is gone."""
         return cast(str | None, self._redis.hget(self._keys.task(attempt.task), "work"))
+
+    def of_job(self, job_id: str) -> TasksOfJob:
+        """Return which workers are at a job, and how far the shards are that they make."""
+        main = self._keys.task(TaskId(job=job_id, stage=Stage.MERGE))
+        state, worker, shards = cast(list[str | None], self._redis.hmget(main, ["state", "worker", "shards"]))
+        if state == TaskState.RUNNING:
+            return TasksOfJob([RunningTask(worker or "")], 0)
+        if state != TaskState.SPLIT:
+            return TasksOfJob([], 0)
+        with self._redis.pipeline(transaction=False) as reads:
+            for number in range(int(shards or 0)):
+                shard = self._keys.task(TaskId(job=job_id, stage=Stage.SCORE, shard=number))
+                reads.hmget(shard, ["state", "worker", "model", "rows", "rows_in_all"])
+            found = cast(list[list[str | None]], reads.execute())
+        running = [
+            RunningTask(of or "", model, int(done or 0), int(total) if total else None)
+            for state, of, model, done, total in found
+            if state == TaskState.RUNNING
+        ]
+        return TasksOfJob(running, sum(state == TaskState.QUEUED for state, *_ in found))
 
     def shards_done(self, attempt: Attempt) -> ShardsDone:
         """Return what is known of the shards that the job of an attempt at its main task has had."""

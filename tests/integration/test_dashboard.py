@@ -1,5 +1,6 @@
 """Who sees what on the dashboard: sessions, tenants, scopes, and pages of other sites."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from pydantic import SecretStr
 from redis import Redis
 
 from app.contracts.api_keys import NewKey, Scope
+from app.contracts.jobs import ModelProgress, PhaseName, Progress
 from app.contracts.settings import Settings
 from app.dashboard.route import COOKIE
 from app.main import create_app
 from app.storage.api_keys import ApiKeys
 from app.storage.jobs import JobStore
 from app.storage.records import NewJob
+from app.storage.tasks import CutScoring, NewShard, ScoringPhase
 from tests.conftest import BASE_URL, HERE, assert_problem
 
 PORTAL = "http://localhost:3000"
@@ -226,3 +229,25 @@ def test_a_form_is_sent_once_however_often_and_says_what_is_wrong(api: TestClien
     assert 'value="-1"' in refused.text, "what was typed stays"
     text = api.post("/dashboard/new/as-text", data=fields).text
     assert "checkpoint: local:checkpoints/c" in text
+
+
+def test_a_running_job_shows_how_far_each_model_is_and_which_worker_is_at_it(api: TestClient, redis: Redis) -> None:
+    store, job_id = JobStore(redis, "dashboard", 10, 5), job_of(redis, "default")
+    attempt = store.tasks.claim("first-worker")
+    assert attempt is not None
+    store.tasks.renew(attempt, Progress(phase=PhaseName.ALIGNING, models={"m": ModelProgress(done=3, total=8)}))
+    shown = api.get(f"/dashboard/jobs/{job_id}").text
+    assert "3 of 8" in shown
+    assert "<code>first-worker</code>" in shown
+    shards = [NewShard("m", 70, "local:m", "{}"), NewShard("m", 50, "local:m", "{}")]
+    phase, of = ScoringPhase(start=0, span=1, total=130, least=0.02), {"m": ModelProgress(done=10, total=130)}
+    assert store.tasks.split(attempt, CutScoring(shards, phase, of, {}))
+    shard = store.tasks.claim("second-worker", "local:m")
+    assert shard is not None
+    store.tasks.renew(shard, Progress(done=30))
+    shown = api.get(f"/dashboard/jobs/{job_id}").text
+    assert "first-worker</code>" not in shown
+    assert "<code>second-worker</code>" in shown
+    assert {"40 of 130 examples", "30 of 70 examples"} <= set(re.findall(r"\d+ of \d+ examples", shown))
+    assert "1 parts of the scoring wait" not in shown
+    assert "1 part of the scoring waits" in shown

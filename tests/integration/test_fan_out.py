@@ -6,11 +6,22 @@ from collections.abc import Callable
 import pytest
 from redis import Redis
 
-from app.contracts.jobs import Attempt, ErrorCode, JobError, PhaseName, Progress, Record, Stage, Status, TaskId
+from app.contracts.jobs import (
+    Attempt,
+    ErrorCode,
+    JobError,
+    ModelProgress,
+    PhaseName,
+    Progress,
+    Record,
+    Stage,
+    Status,
+    TaskId,
+)
 from app.contracts.limits import Limits, QueueFull, TenantLimits
 from app.storage.jobs import JobStore
 from app.storage.records import Deleted, NewJob
-from app.storage.tasks import CutScoring, NewShard, ScoringPhase
+from app.storage.tasks import CutScoring, NewShard, RunningTask, ScoringPhase, TasksOfJob
 from tests.conftest import RESULT
 
 LEASE_S = 10
@@ -51,8 +62,12 @@ def store(new_store: NewStore) -> JobStore:
 def cut(*models: str, done: int = 0) -> CutScoring:
     """A shard of so many rows for each model that is named, once or more."""
     phase = ScoringPhase(start=0.1, span=0.8, total=ROWS * len(models) + done, least=0.02)
-    shards = [NewShard(f"local:{model}", json.dumps({"model": model, "n": n})) for n, model in enumerate(models)]
-    return CutScoring(shards, phase, done, {"address": 1024})
+    shards = [
+        NewShard(model, ROWS, f"local:{model}", json.dumps({"model": model, "n": n})) for n, model in enumerate(models)
+    ]
+    totals = {model: ROWS * models.count(model) for model in models}
+    of = {model: ModelProgress(done=done, total=total + done) for model, total in totals.items()}
+    return CutScoring(shards, phase, of, {"address": 1024})
 
 
 def claim(store: JobStore, worker: str = "worker", holds: str = "") -> Attempt:
@@ -238,6 +253,25 @@ def test_progress_of_shards_adds_up_and_its_fraction_never_falls(store: JobStore
     assert (progress.done, progress.fraction) == (90, reached)  # its rows are to be gone through again
     assert finish(store, second)
     assert record_of(store, before).progress.done == 150
+
+
+def test_a_job_tells_how_far_each_model_is_and_which_worker_is_at_what(store: JobStore) -> None:
+    store.records.create(NewJob({}, "waiting"))
+    before = claim(store, "first")
+    assert store.tasks.of_job(before.task.job) == TasksOfJob([RunningTask("first")], 0)
+    assert store.tasks.split(before, cut("a", "a", "b", "b", done=50))
+    shards = {store.tasks.work_of_shard(shard): shard for shard in (claim(store, f"w{n}") for n in range(3))}
+    of_a, *_ = (shard for work, shard in shards.items() if json.loads(work or "")["model"] == "a")
+    assert store.tasks.renew(of_a, Progress(phase=PhaseName.SCORING, done=30)) is Status.RUNNING
+    found = store.tasks.of_job(before.task.job)
+    assert found.waiting_shards == 1
+    assert sorted((task.worker, task.model, task.total) for task in found.running)[0][0] == "w0"
+    assert [task.done for task in found.running if task.model == "a"] == [30]
+    told = record_of(store, before).progress
+    assert {name: (of.done, of.total) for name, of in told.models.items()} == {"a": (80, 250), "b": (50, 250)}
+    assert store.tasks.release(of_a, lost=True)
+    assert record_of(store, before).progress.models["a"].done == 50
+    assert len(store.tasks.of_job(before.task.job).running) == 2
 
 
 def test_a_worker_prefers_shards_of_the_checkpoint_that_it_holds(store: JobStore) -> None:

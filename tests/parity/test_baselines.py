@@ -62,7 +62,7 @@ def merged(inputs: Path, out: Path, base: Path | None, metric: Any = "perplexity
     if base is not None:
         spec = spec.model_copy(update={"base": CheckpointSpec(source="local:base", path=base)})
     told: dict[str, tuple[int, int]] = {}
-    result = Engine().merge(spec, lambda phase, done, total, _: told.update({phase: (done, total)}))
+    result = Engine().merge(spec, lambda phase, done, total, *_: told.update({phase: (done, total)}))
     assert told["evaluating"][0] == told["evaluating"][1]
     return result
 

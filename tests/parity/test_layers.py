@@ -558,7 +558,7 @@ def test_layers_are_refitted_from_the_start_that_is_named(
 def test_progress_counts_every_group_of_layers(bert: Case, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
-    def watch(phase: str, done: int, total: int, unit: str) -> None:
+    def watch(phase: str, done: int, total: int, *_: object) -> None:
         if phase == "merging":
             seen.append((done, total))
 

@@ -358,7 +358,7 @@ def merge(pair: Sequence[Path], folder: Path, store: Path | None = None, **metho
     if store is not None:
         spec = spec.model_copy(update={"store": StoreSpec(folder=store, max_bytes=10**9)})
     done: list[int] = []
-    result = Engine().merge(spec, lambda phase, count, total, unit: done.append(count) if phase == "scoring" else None)
+    result = Engine().merge(spec, lambda phase, count, *_: done.append(count) if phase == "scoring" else None)
     assert done == sorted(done)
     assert done[-1] == sum(model.examples for model in result.models)
     return result
@@ -423,7 +423,7 @@ def test_a_killed_merge_goes_on_where_it_was(pair: list[Path], tmp_path: Path) -
     class Killed(Exception):
         pass
 
-    def kill(phase: str, done: int, total: int, unit: str) -> None:
+    def kill(phase: str, done: int, *_: object) -> None:
         if phase == "scoring" and done >= 600:
             raise Killed
 
@@ -434,7 +434,7 @@ def test_a_killed_merge_goes_on_where_it_was(pair: list[Path], tmp_path: Path) -
         Engine().merge(spec, kill)
     done: list[int] = []
     again = spec.model_copy(update={"folder": tmp_path / "again"})
-    Engine().merge(again, lambda phase, count, total, unit: done.append(count) if phase == "scoring" else None)
+    Engine().merge(again, lambda phase, count, *_: done.append(count) if phase == "scoring" else None)
     assert done[1] == 512  # all at once: they were kept
 
 

@@ -13,6 +13,7 @@
 -- (`left`); the last one that is done lets the main task wait again.
 
 local MOST_COUNTED = 2 ^ 12 - 1
+local ROWS_OF = 'rows of '  -- beginning of the fields of a main task that count the rows of each model
 
 -- Makes the scripts' job that of a task, and returns the name of the task. Scripts that begin without a job have the
 -- beginnings of names in place of names.
@@ -99,6 +100,10 @@ local function count_rows(task_id, rows)
   local more = rows - (redis.call('HGET', TASK .. task_id, 'rows') or 0)
   redis.call('HSET', TASK .. task_id, 'rows', rows)
   local done = redis.call('HINCRBY', main, 'rows', more)
+  local model = redis.call('HGET', TASK .. task_id, 'model')  -- of releases before, shards have none, and jobs no models
+  if model then redis.call('HINCRBY', main, ROWS_OF .. model, more) end
+  local models = cjson.decode(redis.call('HGET', main, 'models') or '{}')
+  for name, of in pairs(models) do of.done = tonumber(redis.call('HGET', main, ROWS_OF .. name)) end
   local phase = cjson.decode(redis.call('HGET', main, 'phase'))
   local share = phase.total > 0 and math.min(1, done / phase.total) or 0
   local before = cjson.decode(redis.call('HGET', job, 'progress')).fraction
@@ -110,6 +115,7 @@ local function count_rows(task_id, rows)
   end
   return {'progress', cjson.encode({
     phase = 'scoring', done = done, total = phase.total, unit = 'examples', fraction = fraction, eta_seconds = eta,
+    models = models,
   })}
 end
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +109,10 @@ class JobContext:
     def phase(self, name: str, total: int, unit: str) -> Phase:
         """Begin a phase of the job's progress."""
         return Phase(name, total, unit, self.on_progress)
+
+    def phase_of_models(self, name: str, totals: Mapping[str, int], unit: str) -> Phase:
+        """Begin a phase that goes through the models one by one. `totals` has the number of units of each."""
+        return Phase(name, sum(totals.values()), unit, self.on_progress, totals)
 
     @contextmanager
     def timed(self, name: str, before: float = 0.0) -> Iterator[None]:

@@ -67,8 +67,9 @@ def evaluate(
         with averaged(plan, [model.takes_part for model in models]) as backbone:
             base = _evaluable_base(plan, base_digest, context)
             published = Published(plan, folders, average_sources(backbone, context), models, base)
-            rows = sum(len(model.rows.evaluation) for model in models)
-            evaluating = context.phase("evaluating", (3 + published.baselines) * rows, "examples")
+            runs = 3 + published.baselines
+            totals = {model.name: runs * len(model.rows.evaluation) for model in models}
+            evaluating = context.phase_of_models("evaluating", totals, "examples")
             metrics = {
                 model.name: _evaluated(model, published, evaluating, context)
                 for model in models
@@ -127,7 +128,7 @@ def _of_other(
     examples, _ = examples_of(
         published.plan, loaded, model.evaluation, model.rows.evaluation_texts, model.rows.evaluation
     )
-    return context.outputs.predictions(loaded, digest, examples, model.evaluation, evaluating.advance)
+    return context.outputs.predictions(loaded, digest, examples, model.evaluation, evaluating.advance_of(model.name))
 
 
 def _best_expert(
@@ -155,8 +156,9 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     evaluation, examples, precision = model.evaluation, model.rows.evaluation, context.precision
     loaded = context.models.get(model.info)
     kind, head = loaded.kind, loaded.family.head
+    on_rows = evaluating.advance_of(model.name)
     labels, counts = kind.truth(examples), [kind.predictions_of(example) for example in examples]
-    expert_predictions = context.outputs.predictions(loaded, model.digest, examples, evaluation, evaluating.advance)
+    expert_predictions = context.outputs.predictions(loaded, model.digest, examples, evaluation, on_rows)
     better = kind.likely_permutation(labels, expert_predictions)
     if better:
         context.note(
@@ -176,17 +178,15 @@ def _evaluated(model: JobModel, published: Published, evaluating: Phase, context
     merged = called(f"the merge{whose}", merged)
     kept_head_predictions = None
     if head.merges:
-        merged_predictions = predict(merged, examples, precision, evaluating.advance, evaluation)
+        merged_predictions = predict(merged, examples, precision, on_rows, evaluation)
     else:
         kept = head_of(loaded)
-        merged_predictions, kept_head_predictions = predict_with(
-            merged, kept, examples, precision, evaluating.advance, evaluation
-        )
+        merged_predictions, kept_head_predictions = predict_with(merged, kept, examples, precision, on_rows, evaluation)
     merged.take(published.average)
     if not head.merges:
         head_of(merged).load_state_dict(head_of(loaded).state_dict())
     average = called(f"the plain average{whose}", merged)
-    average_predictions = predict(average, examples, precision, evaluating.advance, evaluation)
+    average_predictions = predict(average, examples, precision, on_rows, evaluation)
     predictions: dict[Version, Array] = {"expert": expert_predictions, "average": average_predictions}
     best = None
     if published.plan.merges_heads:

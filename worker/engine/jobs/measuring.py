@@ -1,7 +1,7 @@
 """The step that measures statistics of every model, on as many of its rows as they need."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,13 +43,12 @@ def measure(work: Sequence[Measuring], context: JobContext) -> list[list[JobMode
     """Measure the models of every part of the work. The phase's total counts all rows of each."""
     common = (context.precision, context.store, context.lasting.batches, context.batch_tokens)
     measurers = [Measurer(part.method, part.plan.linear_inputs, *common) for part in work]
-    total = sum(
-        measurer.passes(model.given) * len(model.rows.sample)
-        for measurer, part in zip(measurers, work, strict=True)
-        for model in part.models
-        if model.rows.sample is not None
-    )
-    scoring = context.phase("scoring", total, "examples")
+    totals = Counter[str]()
+    for measurer, part in zip(measurers, work, strict=True):
+        for model in part.models:
+            if model.rows.sample is not None:
+                totals[model.name] += measurer.passes(model.given) * len(model.rows.sample)
+    scoring = context.phase_of_models("scoring", totals, "examples")
     wanted: dict[object, set[str]] = defaultdict(set)
     for part in work:
         for model in part.models:
@@ -107,14 +106,14 @@ def _measure(
     def extend(index: int, rows: int, statistics: Collection[str], also: Collection[str] = ()) -> None:
         model, sample = found[index], samples[index]
         loaded = context.models.get(model.info)
-        known = measurer.measure(
-            model.measured, loaded, model.digest, sample, rows, on_rows, statistics, also, scoring.advance
-        )
-        found[index] = replace(model, measured=known)
+        on_kept = scoring.advance_of(model.name)
 
-    def on_rows(rows: int) -> None:
-        scoring.advance(rows)
-        cutter.computed(rows)
+        def on_rows(rows: int) -> None:
+            on_kept(rows)
+            cutter.computed(rows)
+
+        known = measurer.measure(model.measured, loaded, model.digest, sample, rows, on_rows, statistics, also, on_kept)
+        found[index] = replace(model, measured=known)
 
     stopping = method.scoring
     if stopping is None or stopping.tolerance is None:

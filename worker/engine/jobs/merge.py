@@ -266,19 +266,19 @@ def align(chosen: ChosenMerge, plan: MergePlan, written: Written, context: JobCo
         return written
     files = dict(written.files)
     with context.timed("align_seconds"):
-        rows = sum(len(model.rows.alignment) for model in chosen.models)
-        aligning = context.phase("aligning", 2 * rows, "examples")
+        totals = {model.name: 2 * len(model.rows.alignment) for model in chosen.models}
+        aligning = context.phase_of_models("aligning", totals, "examples")
         for model, planned in zip(chosen.models, plan.heads, strict=True):
             examples = model.rows.alignment
             if not examples:
                 continue
             folder = written.folders[model.name]
-            expert = context.models.get(model.info)
-            wanted = context.outputs.head_outputs(expert, model.digest, examples, model.dataset, aligning.advance)
+            expert, on_rows = context.models.get(model.info), aligning.advance_of(model.name)
+            wanted = context.outputs.head_outputs(expert, model.digest, examples, model.dataset, on_rows)
             merged = context.models.fresh(inspect_checkpoint(folder, f"models/{model.name}"))
             by_merge, _ = examples_of(plan, merged, model.dataset, model.rows.alignment_texts, examples)
             ridge = chosen.spec.output.align_ridge
-            head = align_head(expert, wanted, merged, by_merge, context.precision, aligning.advance, ridge)
+            head = align_head(expert, wanted, merged, by_merge, context.precision, on_rows, ridge)
             file = rewrite_head(folder, planned, head)
             files[file.path] = file
     return replace(written, files=files)
