@@ -45,6 +45,8 @@ from worker.engine.checkpoints.writer import write_config
 from worker.engine.runtime.libraries import transformers
 from worker.engine.runtime.resources import is_out_of_memory
 
+Tensors = Mapping[str, Tensor]
+"""Inputs or outputs of a model, by name."""
 COMPUTED_BYTES = 256_000_000  # for tables that a model makes when it is built, from a few bytes of its configuration
 
 
@@ -122,7 +124,11 @@ class Reloading:
         model, problems = _model(published, model_class, config)
         if model is not None and is_run:
             self._were_run.add(published.architecture)
-            problems += _run(published, model, text.ids, origin)
+            given, notes = _run(published, model, text.ids, origin)
+            problems += notes
+            del model  # before another one of it is made
+            if given is not None:
+                _compare(published, model_class, *given)
         return [*text.notes, *problems]
 
     def _text(self, info: CheckpointInfo, config: Any) -> "_Text":
@@ -250,31 +256,31 @@ def _check_tied(published: CheckpointInfo, model: Any) -> None:
         raise InvalidCheckpoint(published.source, problem, tensor=copy)
 
 
-def _run(published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origin: CheckpointInfo) -> list[str]:
-    """Run a published model on a text or an image. Return a note if that says nothing.
+def _run(
+    published: CheckpointInfo, model: Any, ids: Sequence[int] | None, origin: CheckpointInfo
+) -> tuple[tuple[Tensors, Tensors] | None, list[str]]:
+    """Run a published model on a text or an image. Return these inputs and its outputs, or a note why there are none.
 
     Raises:
         InvalidCheckpoint: it does not run, and the model that it comes from does.
-        NumericalError: its outputs are not finite, and those of the model that it comes from are; or they are not those
-            of the same class with the folder's tensors.
+        NumericalError: its outputs are not finite, and those of the model that it comes from are.
     """
     inputs = _inputs(model, ids, published)
     problem: EngineError | None = None
     if inputs is not None:
         outputs = _outputs(published, model, inputs)
         if not isinstance(outputs, EngineError):
-            _compare(published, model, inputs, outputs)
-            return []
+            return (inputs, outputs), []
         problem = outputs
         # Not every model runs on these inputs alone. The merge need not do what its own model does not do either.
         before = origin.base or origin  # an adapter has no model of its own
         if not isinstance(_outputs(before, _loaded(before, type(model)), inputs), EngineError):
             raise problem
     if isinstance(problem, NumericalError):
-        return [Doubt(f"the outputs of the published {published.architecture} are not finite, nor those of the model")]
-    return [
-        f"the published {published.architecture} was loaded anew, but not run: it takes more than a text or an image"
-    ]
+        note = f"the outputs of the published {published.architecture} are not finite, nor those of the model"
+        return None, [Doubt(note)]
+    note = f"the published {published.architecture} was loaded anew, but not run: it takes more than a text or an image"
+    return None, [note]
 
 
 def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
@@ -284,7 +290,7 @@ def _loaded(origin: CheckpointInfo, model_class: Any) -> Any:
     )
 
 
-def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) -> Mapping[str, Tensor] | None:
+def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) -> Tensors | None:
     """Return an image, or a text of the model's own tokens, as inputs; None for a model that takes something else."""
     if model.main_input_name == "pixel_values":
         config = getattr(model.config, "vision_config", model.config)
@@ -306,10 +312,8 @@ def _inputs(model: Any, ids: Sequence[int] | None, published: CheckpointInfo) ->
     return inputs
 
 
-def _compare(
-    published: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-) -> None:
-    """Raise NumericalError where a loaded model has other outputs than its class has with the published tensors.
+def _compare(published: CheckpointInfo, model_class: Any, inputs: Tensors, outputs: Tensors) -> None:
+    """Raise NumericalError where a loaded model had other outputs than its class has with the published tensors.
 
     These are read one by one, without the library's reading of the folder. Both models do the same arithmetic, so
     nothing is tolerated.
@@ -317,10 +321,10 @@ def _compare(
     with TensorReader() as reader:
         state = {name: reader.read(tensor) for name, tensor in published.tensors.items()}
     config = library_config(published.config, published.source)
-    settings: dict[str, Any] = {"config": config, "state_dict": state, "attn_implementation": "eager"}
-    own = type(model).from_pretrained(None, dtype=model.dtype, **settings)
+    settings: dict[str, Any] = {"config": config, "dtype": "auto", "attn_implementation": "eager"}
+    model = model_class.from_pretrained(None, state_dict=state, **settings)
     del state
-    again = _outputs(published, own, inputs)
+    again = _outputs(published, model, inputs)
     if isinstance(again, EngineError):
         raise again
     for key, value in outputs.items():
@@ -329,9 +333,7 @@ def _compare(
             raise NumericalError(f"{problem}; nothing is published")
 
 
-def _outputs(
-    info: CheckpointInfo, model: Any, inputs: Mapping[str, Tensor]
-) -> Mapping[str, Tensor] | InvalidCheckpoint | NumericalError:
+def _outputs(info: CheckpointInfo, model: Any, inputs: Tensors) -> Tensors | InvalidCheckpoint | NumericalError:
     """Return a model's floating point outputs, or an error where it does not run or they are not finite."""
     if model.dtype == torch.float16:  # CPUs lack operations in it, and values that a GPU keeps finite may overflow
         model = model.float()

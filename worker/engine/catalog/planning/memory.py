@@ -293,7 +293,7 @@ def _merging_bytes(plan: MergePlan, needs: MemoryNeeds) -> int:
 
 
 def _run_bytes(plan: MergePlan) -> int:
-    """Count the bytes of running a published model once, if that is done: its weights, in float32 if in float16."""
+    """Count the bytes of running a published model, if that is done: its weights twice, or with those in float32."""
     heads = (sum(tensor.nbytes for tensor in head) for head in plan.heads)
     stored = sum(tensor.nbytes for tensor in plan.backbone) + max(heads, default=0)
-    return 0 if stored > RUN_BYTES else stored * (3 if plan.dtype == "F16" else 1)
+    return 0 if stored > RUN_BYTES else stored * (3 if plan.dtype == "F16" else 2)
