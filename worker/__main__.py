@@ -34,6 +34,7 @@ from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
 from app.storage.sources.source import SourceContext
+from app.storage.statistics import sweep_statistics
 from app.storage.tenants import roots_of, statistics_of, statistics_of_others
 from app.storage.versions import NEWER_DATA_STATUS, NewerData, upgrade_folder, upgrade_redis
 from worker.engine.catalog.contracts.spec import StoreSpec
@@ -203,10 +204,12 @@ def run(settings: Settings) -> int:
     functions.update({**runner.functions, **predictor.functions})
     engine.start()
     worker.between_jobs = runner.look_after_engine
+    kept = settings.kept_in, settings.object_storage
     repeaters = [
         Repeater(BEAT_S, lambda: store.workers.beat(name, ALIVE_S) if engine.is_well() else None),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
+        Repeater(TIDY_S, partial(sweep_statistics, *kept, settings.max_statistics_bytes)),
         Repeater(TIDY_S, lambda: searches.sweep(partial(may_go_on, store))),
     ]
     for repeater in repeaters:
@@ -229,6 +232,7 @@ def _of_tenant(settings: Settings, store: JobStore, artifacts: ArtifactStore, te
         folder=statistics_of(settings.data_dir, tenant),
         max_bytes=settings.max_statistics_bytes,
         others=statistics_of_others(settings.data_dir, tenant),
+        tenant=tenant,
     )
     held = ExitStack()
     context = SourceContext(

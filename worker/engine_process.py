@@ -34,6 +34,7 @@ from app.contracts.settings import Settings
 from app.observability.context import facts, process_concerns
 from app.observability.logs import adopt, configure
 from app.storage.scratch import Scratch
+from app.storage.statistics import common_statistics
 from worker.engine.catalog.contracts.prediction import Prediction, PredictionSpec
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult, ShardResult
 from worker.engine.catalog.contracts.spec import JobSpec, MergeSpec, ScoreSpec, ShardSpec, ShardWork
@@ -320,7 +321,7 @@ def _oom_kills() -> int:
 _sending = Lock()  # two threads send events, a line at a time
 
 
-def serve(requests: BinaryIO, events: int) -> None:
+def serve(requests: BinaryIO, events: int, settings: Settings) -> None:
     """Run jobs one after the other until the worker closes the pipe.
 
     Libraries that only some jobs need are imported while there is no job yet, or after the first job.
@@ -342,7 +343,7 @@ def serve(requests: BinaryIO, events: int) -> None:
     from worker.engine.runtime.time_limits import are_late
 
     forbid_others()
-    engine = Engine()
+    engine = Engine(common=common_statistics(settings.kept_in, settings.object_storage))
     pool(torch.get_num_threads())
     gc.freeze()
     gc.enable()
@@ -461,4 +462,4 @@ if __name__ == "__main__":
     configured = Settings()
     hide(*configured.hidden_folders)
     configure(configured.log_level, configured.log_format, "engine")
-    serve(sys.stdin.buffer, int(sys.argv[2]))
+    serve(sys.stdin.buffer, int(sys.argv[2]), configured)

@@ -1,7 +1,9 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from app.api.conditional import PreconditionsOf
@@ -16,8 +18,11 @@ from app.contracts.errors import Problem, ProblemError
 from app.contracts.jobs import Job
 from app.contracts.requests import ScoreRequest
 from app.contracts.scores import ScoresEntry, ScoresPage
-from app.storage.statistics import KeptStatistic
+from app.storage.files import Damaged
+from app.storage.objects.errors import StorageAway
+from app.storage.statistics.kept import KeptStatistic
 from worker.engine.catalog.contracts.statistics import KeptName
+from worker.engine.catalog.primitives.errors import EngineError
 
 router = APIRouter(tags=["scores"], route_class=StrictRoute)
 
@@ -76,7 +81,8 @@ def list_scores(
 
     matching = filter(matches, services.statistics.of(caller.tenant).newest(after))
     present = ((kept, entry) for kept in matching if (entry := _entry(kept)) is not None)
-    found = list(islice(present, limit + 1))
+    with reading():
+        found = list(islice(present, limit + 1))
     page = found[:limit]
     return ScoresPage(data=[entry for _, entry in page], next=page[-1][0].age_key if len(found) > limit else None)
 
@@ -87,17 +93,31 @@ def get_scores(
     services: ServicesOf,
     caller: CallerOf,
     preconditions: PreconditionsOf,
+    request: Request,
 ) -> Response:
-    """Send a statistic's safetensors file, with ranges and a strong ETag, or its several files as a tar."""
+    """Send a statistic's safetensors file, with ranges and a strong ETag, or its several files as a tar.
+
+    For a large file in object storage, the answer is 307 with a signed URL, if the service is set so.
+    """
     address = digest.removeprefix(PREFIX)
-    try:
+    with reading(address):
         kept = services.statistics.of(caller.tenant).get(address)
         files, held = kept.open()
-    except FileNotFoundError as error:
-        raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error
     if len(files) == 1:
-        return serve(files[0], held, preconditions)
+        return serve(files[0], held, preconditions, redirects=request.method == "GET")
     return ArchiveResponse(files, kept.title, kept.about.created_at, held)
+
+
+@contextmanager
+def reading(address: str = "") -> Iterator[None]:
+    """Turn what stands against reading statistics into a ProblemError."""
+    try:
+        yield
+    except StorageAway as error:
+        detail = f"the statistics cannot be read: {error}"
+        raise ProblemError(Problem.STORAGE_UNAVAILABLE, detail, None, **{"Retry-After": "10"}) from error
+    except (FileNotFoundError, Damaged, EngineError) as error:
+        raise ProblemError(Problem.NOT_FOUND, f"no statistic {address} is kept") from error
 
 
 def _entry(kept: KeptStatistic) -> ScoresEntry | None:

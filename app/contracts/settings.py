@@ -89,9 +89,11 @@ class Settings(BaseSettings):
     """Number of replicas of Redis that must have a change of a job before it counts, so that it outlasts the loss of
     the server that takes writes. When not set, 1 with Sentinel and 0 without."""
     data_dir: Path = Path("maskmerge-data")
-    """Folder of artifacts and of work in progress (and of the embedded Redis); API and workers share it."""
+    """Folder of artifacts and of work in progress (and of the embedded Redis). API and workers share it, unless
+    artifacts are in object storage and nothing is uploaded."""
     artifact_store: str = "folder"
-    """Store that keeps artifacts: `folder` keeps them in the data folder, `s3:BUCKET/PREFIX` in object storage."""
+    """Where artifacts and statistics are kept: `folder` keeps them in the data folder, `s3:BUCKET/PREFIX` in object
+    storage."""
     s3_buckets: Annotated[tuple[str, ...], NoDecode] = ()
     """Buckets that `s3:` references may name, separated by commas, each with a prefix or without, such as
     `models,data/shared`. `{tenant}` stands for the name of the tenant, as in `local_roots`."""
@@ -181,8 +183,8 @@ class Settings(BaseSettings):
     max_worker_bytes: Annotated[int, Field(ge=1)] = 8_000_000_000
     """An engine process that holds more than this after a job is replaced by a fresh one."""
     max_statistics_bytes: Annotated[int, Field(ge=0)] = 20_000_000_000
-    """Room for statistics that are kept for later merges. Beyond it, those that were not used for longest are
-    removed."""
+    """Room for statistics that are kept for later merges, in the data folder and in object storage each. Beyond it,
+    those that were not used for longest are removed."""
     job_retention: Annotated[float, BeforeValidator(_seconds), Field(gt=0, le=1e10)] = 90 * 86_400
     """Time for which a job and its artifact are kept after the job's end: in seconds, or as 90d, 12h or 30m. If a
     waiting or running job reads its models, it is kept until that job ends."""
@@ -282,10 +284,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _artifacts_are_apart(self) -> "Settings":
-        store, _, place = self.artifact_store.partition(":")
-        if store != "s3":
+        if self.kept_in is None:
             return self
-        artifacts = str(Location.parse(place)).removeprefix("s3:").removesuffix("/")
+        place = f"{self.kept_in}".removeprefix("s3:")
+        artifacts = place.removesuffix("/")
         for bucket in self.s3_buckets:
             if overlaps(bucket, artifacts):
                 raise ValueError(f"artifacts in s3:{place} could be read as inputs by MASKMERGE_S3_BUCKETS={bucket}")
@@ -303,6 +305,12 @@ class Settings(BaseSettings):
         if endpoint is not None and not re.fullmatch(r"https?://[A-Za-z0-9._:\[\]-]+/?", endpoint):
             raise ValueError("is no URL; write it as https://s3.example.org or http://minio:9000, without keys in it")
         return endpoint and endpoint.removesuffix("/")
+
+    @property
+    def kept_in(self) -> Location | None:
+        """Place in object storage of artifacts and statistics; None where the data folder keeps them."""
+        store, _, place = self.artifact_store.partition(":")
+        return Location.parse(place) if store == "s3" else None
 
     @property
     def object_storage(self) -> ObjectStorage:

@@ -2,11 +2,15 @@
 
 import math
 import re
+import shutil
 import statistics
 from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path as FilePath
+from tempfile import TemporaryDirectory
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -15,17 +19,15 @@ from markupsafe import Markup
 from app.api import scores
 from app.api.conditional import PreconditionsOf
 from app.api.dependencies import CallerOf, ServicesOf
-from app.contracts.errors import Problem, ProblemError
 from app.dashboard.pages import page
 from app.dashboard.route import DashboardRoute
-from app.storage.files import LocalFile
+from app.storage.files import LocalFile, StoredFile
 from worker.engine.catalog.checkpoints.headers import read_header
 from worker.engine.catalog.drawing.charts import cells, ramp
 from worker.engine.catalog.drawing.colours import LEVELS
 from worker.engine.catalog.drawing.html import element
 from worker.engine.catalog.families import NODE_KINDS
 from worker.engine.catalog.methods.parameters import NODE_FISHER
-from worker.engine.catalog.primitives.errors import EngineError
 
 router = APIRouter(route_class=DashboardRoute, include_in_schema=False)
 
@@ -55,15 +57,13 @@ def show_statistic(
     digest: Annotated[str, Path(pattern=r"^[0-9a-f]{64}$")], request: Request, services: ServicesOf, caller: CallerOf
 ) -> Response:
     """Show what is known of a statistic; scores of mask nodes as maps, a row for each layer."""
-    try:
+    with scores.reading(digest):
         kept = services.statistics.of(caller.tenant).get(digest)
         maps = []
         if kept.about.facts.statistic == NODE_FISHER:
             files, held = kept.open()
             with held:
-                maps = [found for file in files for found in _maps(file)]
-    except (FileNotFoundError, EngineError) as error:
-        raise ProblemError(Problem.NOT_FOUND, f"no statistic {digest} is kept") from error
+                maps = [found for file in files for found in _maps(_on_disk(file, held))]
     return page(
         request,
         "statistic.html",
@@ -81,11 +81,22 @@ def download(
     services: ServicesOf,
     caller: CallerOf,
     preconditions: PreconditionsOf,
+    request: Request,
 ) -> Response:
-    return scores.get_scores(digest, services, caller, preconditions)
+    return scores.get_scores(digest, services, caller, preconditions, request)
 
 
-def _maps(file: LocalFile) -> Iterator[tuple[str, str, Markup]]:
+def _on_disk(file: StoredFile, held: ExitStack) -> FilePath:
+    """Return where a file is on this machine; one that lies elsewhere is copied, until the stack is closed."""
+    if isinstance(file, LocalFile):
+        return file.path
+    copy = FilePath(held.enter_context(TemporaryDirectory(prefix="maskmerge-statistic-"))) / "statistic.safetensors"
+    with file.open() as stream, copy.open("wb") as target:
+        shutil.copyfileobj(stream, target)
+    return copy
+
+
+def _maps(file: FilePath) -> Iterator[tuple[str, str, Markup]]:
     """Yield for each kind of node its name, a sentence about its scores, and the map."""
     for (stack, kind), layers in sorted(_scores(file).items()):
         rows = [layers[layer] for layer in sorted(layers)]
@@ -97,11 +108,11 @@ def _maps(file: LocalFile) -> Iterator[tuple[str, str, Markup]]:
         yield title, said, _map(f"{stack}{kind}", title, said, _pooled(rows), mean)
 
 
-def _scores(file: LocalFile) -> dict[tuple[str, str], dict[int, list[float]]]:
+def _scores(file: FilePath) -> dict[tuple[str, str], dict[int, list[float]]]:
     """Read the scores of a file by stack and kind of node, and then by layer, in which experts follow each other."""
     found: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with file.path.open("rb") as stream:
-        for tensor in read_header(file.path, "statistic"):
+    with file.open("rb") as stream:
+        for tensor in read_header(file, "statistic"):
             name = SCORES.fullmatch(tensor.name)
             if name is None or name["kind"] not in NODE_KINDS or tensor.dtype != "F64":
                 continue

@@ -28,7 +28,7 @@ from app.storage.reaper import Reaper
 from app.storage.searches import SearchFolder
 from app.storage.sessions import Sessions
 from app.storage.signing_secrets import SigningSecrets
-from app.storage.statistics import StatisticsFolders
+from app.storage.statistics import KeptStatistics
 from app.storage.uploads import UploadFolders
 from app.storage.versions import RedisUpgrade, upgrade_folder
 from worker.engine.catalog.primitives.paths import hide
@@ -47,7 +47,7 @@ class Services:
     jobs: Jobs
     predictions: Predictions
     room: Room
-    statistics: StatisticsFolders
+    statistics: KeptStatistics
     reaper: Reaper
     api_keys: ApiKeys
     sessions: Sessions
@@ -103,9 +103,9 @@ def compose(settings: Settings) -> Services:
         allow_private=settings.webhook_allow_private,
         progress_seconds=settings.webhook_progress_seconds,
     )
-    statistics = StatisticsFolders(settings.data_dir)
+    statistics = KeptStatistics(settings.data_dir, settings.kept_in, settings.object_storage)
     uploads = UploadFolders(settings.data_dir)
-    room = Room(store.usage, artifacts, statistics, uploads, settings.limits, settings.min_free_bytes)
+    room = Room(store.usage, artifacts, statistics.folders, uploads, settings.limits, settings.min_free_bytes)
     jobs = Jobs(
         store, queue, inspectors, webhooks, room, settings.limits, settings.idempotency_seconds, Targets(settings)
     )

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.limits import Limits, NoRoom, QueueFull, StorageFull, TenantLimits
 from app.storage.artifacts.store import ArtifactStore
-from app.storage.statistics import StatisticsFolders
+from app.storage.statistics.folder import StatisticsFolders
 from app.storage.uploads import UploadFolders
 from app.storage.usage import Usage
 

@@ -55,7 +55,7 @@ def test_a_merge_of_objects_is_published_downloaded_chained_and_removed(tmp_path
             with service.http as http:
                 assert http.delete(f"/jobs/{job['id']}").status_code == 204
                 assert http.delete(f"/jobs/{second['id']}").status_code == 204
-            assert server.keys("results") == []
+            assert not any(key.startswith("maskmerge/artifacts/") for key in server.keys("results"))
         finally:
             assert service.stop() == 0
     assert not any((tmp_path / "data" / "work").iterdir())

@@ -21,7 +21,7 @@ from transformers import BertForSequenceClassification
 
 from app.contracts.settings import Settings
 from app.main import create_app
-from app.storage.statistics import StatisticsFolder
+from app.storage.statistics.folder import StatisticsFolder
 from tests.conftest import BASE_URL, HERE
 from tests.tiny import merge_spec, model_spec, silent, tiny_checkpoint, tiny_texts, write_lines, write_rows
 from tests.tiny_families import DECODERS

@@ -25,7 +25,7 @@ from app.storage.api_keys import ApiKeys
 from app.storage.artifacts import open_artifacts
 from app.storage.jobs import JobStore
 from app.storage.records import Deleted, NewJob
-from app.storage.statistics import StatisticsFolders
+from app.storage.statistics.folder import StatisticsFolders
 from app.storage.tenants import statistics_of
 from tests.conftest import BASE_URL, HERE, RESULT, Answer, assert_problem, tiny_recipe
 

@@ -8,10 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import obstore
@@ -30,9 +31,11 @@ PART_BYTES = 8 << 20  # of a download; large enough that the time until its firs
 UPLOADED_BYTES = 16 << 20  # of an upload: 10,000 parts are 160 GB
 DOWNLOADS = 8
 UPLOADS = 4
+REQUESTS = 32  # for small objects at once
 TICK_S = 0.5  # whoever waits for bytes is told this often, and may give up
 MOST_OBJECTS = 10_000
 
+Answer = TypeVar("Answer")
 logger = logging.getLogger(__name__)
 
 
@@ -55,6 +58,8 @@ class StoredObject:
     key: str
     size: int
     etag: str
+    written: float = field(default=0.0, compare=False)
+    """When it was written, in seconds since 1970; 0 where nobody asked."""
 
 
 class Bucket:
@@ -69,18 +74,22 @@ class Bucket:
     def objects(self, prefix: str, most: int = MOST_OBJECTS) -> list[StoredObject]:
         """Return the objects below a prefix by their keys. Raises StorageAway; ValueError where there are too many."""
         found: list[StoredObject] = []
+        for one in self.each(prefix):
+            found.append(one)
+            if len(found) > most:
+                raise ValueError(f"there are more than {most} objects below {self.name}/{prefix}")
+        return found
+
+    def each(self, prefix: str) -> Iterator[StoredObject]:
+        """Yield the objects below a prefix by their keys, however many there are. Raises StorageAway."""
         with self._translated():
             for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
-                found += (StoredObject(one["path"], one["size"], one["e_tag"] or "") for one in chunk)
-                if len(found) > most:
-                    raise ValueError(f"there are more than {most} objects below {self.name}/{prefix}")
-        return found
+                for one in chunk:
+                    yield StoredObject(one["path"], one["size"], one["e_tag"] or "", one["last_modified"].timestamp())
 
     def keys(self, prefix: str) -> Iterator[str]:
         """Yield the keys of all objects below a prefix, however many there are. Raises StorageAway."""
-        with self._translated():
-            for chunk in obstore.list(self._store, prefix or None, chunk_size=1000):
-                yield from (one["path"] for one in chunk)
+        return (one.key for one in self.each(prefix))
 
     def head(self, key: str) -> StoredObject:
         """Raises FileNotFoundError, StorageAway."""
@@ -107,6 +116,17 @@ class Bucket:
             if found.meta["size"] > most:
                 raise ValueError(f"{key} has more than {most} bytes")
             return bytes(found.bytes()), found.meta["last_modified"].timestamp()
+
+    def read_each(self, objects: Sequence[StoredObject]) -> list[bytes | None]:
+        """Return small objects, read several at once; None for those that are gone or changed. Raises StorageAway."""
+
+        async def read(one: StoredObject) -> bytes | None:
+            try:
+                return await self._range(one, 0, one.size)
+            except ObjectChanged:
+                return None
+
+        return asyncio.run(_several([partial(read, one) for one in objects]))
 
     def download(self, wanted: Mapping[Path, StoredObject], on_bytes: OnBytes) -> None:
         """Download objects to files, which are on the disk when it returns.
@@ -139,6 +159,15 @@ class Bucket:
         for key in keys:
             with self._translated(key):
                 obstore.delete(self._store, key)
+
+    def remove_each(self, keys: Sequence[str]) -> None:
+        """Remove objects in any order, several at once. Raises StorageAway."""
+
+        async def remove(key: str) -> None:
+            with self._translated(key):
+                await obstore.delete_async(self._store, key)
+
+        asyncio.run(_several([partial(remove, key) for key in keys]))
 
     def signed(self, key: str, seconds: float) -> str:
         """Return a URL at which whoever has it can read the object for this time. No request is made."""
@@ -254,6 +283,17 @@ class Bucket:
                 raise NoBucket(f"there is no bucket {self.name}") from None
             logger.debug("object storage fails: %s of %s", type(error).__name__, where)
             raise StorageAway(f"{where}{f' ({key})' if key else ''} {_why(said)}") from None
+
+
+async def _several(calls: Sequence[Callable[[], Coroutine[Any, Any, Answer]]]) -> list[Answer]:
+    """Return the answers of calls, of which a few are under way at once."""
+    turns = asyncio.Semaphore(REQUESTS)
+
+    async def run(call: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
+        async with turns:
+            return await call()
+
+    return await asyncio.gather(*map(run, calls))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from worker.engine.runtime.device import Precision, has_bfloat16, reset_peak_mem
 from worker.engine.runtime.progress import OnProgress, Phase
 from worker.engine.runtime.resources import megabytes
 from worker.engine.scoring.batching import BatchSizes
-from worker.engine.scoring.store import StatisticsStore
+from worker.engine.scoring.store import Common, StatisticsStore
 
 HELD = {
     Holding.STORED: "they were held in the format of their files, and converted layer by layer",
@@ -45,6 +45,8 @@ class EngineState:
     models: ModelCache
     batches: BatchSizes
     digests: Digests
+    common: Callable[[str], Common] | None = None
+    """Opens a tenant's statistics that machines have in common, for one job; None where they have none."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def job_context(spec: JobSpec, lasting: EngineState, on_progress: OnProgress) ->
         where = spec.store
         if where is None:
             where = StoreSpec(folder=Path(stack.enter_context(TemporaryDirectory())), max_bytes=sys.maxsize)
+        common = None if spec.store is None or lasting.common is None else lasting.common(where.tenant)
         views = stack.enter_context(Views())
-        store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes, where.others))
+        store = stack.enter_context(StatisticsStore(where.folder, where.max_bytes, where.others, common))
         reader = stack.enter_context(TensorReader())
         precision = resolve_precision(spec.method.precision, lasting.device)
         tokens = dict(spec.shared.batch_tokens)

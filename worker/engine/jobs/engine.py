@@ -1,5 +1,7 @@
 """The engine, which runs jobs and keeps the objects that outlive them."""
 
+from collections.abc import Callable
+
 import torch
 
 from worker.engine.catalog.contracts.prediction import Prediction, PredictionSpec
@@ -15,6 +17,7 @@ from worker.engine.models.loading import ModelCache
 from worker.engine.runtime.device import best_device
 from worker.engine.runtime.progress import OnProgress
 from worker.engine.scoring.batching import BatchSizes
+from worker.engine.scoring.store import Common
 
 
 class Engine:
@@ -22,14 +25,17 @@ class Engine:
 
     Merging and scoring leave a complete artifact in the job's folder.
 
+    Args:
+        common: opens a tenant's statistics that machines have in common, for one job.
+
     Raises:
         EngineError: the job cannot be done; the message names the file, tensor or row. Any other exception is a fault
             of the engine.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, common: Callable[[str], Common] | None = None) -> None:
         device = device or best_device()
-        self._lasting = EngineState(device, ModelCache(device), BatchSizes(), Digests())
+        self._lasting = EngineState(device, ModelCache(device), BatchSizes(), Digests(), common)
 
     def run(self, spec: MergeSpec | ScoreSpec, on_progress: OnProgress) -> MergeResult | ScoreResult:
         """Run a job of either kind. Raises Cut when its scoring is left to shards."""

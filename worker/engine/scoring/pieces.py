@@ -120,9 +120,7 @@ def missing_pieces(subject: Subject, store: StatisticsStore, start: int, rows: i
 
 def forget_pieces(work: Measurement, blocks: Iterable[Block], tokens: int) -> None:
     """Remove the sums of pieces of these blocks, which are part of what is kept now."""
-    for block in blocks:
-        for piece in (None, *pieces_of(block)):
-            work.store.remove(_facts(work, tokens, block, piece))
+    work.store.remove(_facts(work, tokens, block, piece) for block in blocks for piece in (None, *pieces_of(block)))
 
 
 def _keep(work: Measurement, block: Block, own: Sequence[Piece], tokens: int) -> None:

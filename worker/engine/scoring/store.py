@@ -11,13 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, About, Facts, KeptFile, Origin
+from worker.engine.catalog.contracts.statistics import (
+    ABOUT,
+    ADDRESS,
+    ASSEMBLED,
+    NODE_SUMS,
+    About,
+    Facts,
+    KeptFile,
+    Origin,
+)
 from worker.engine.catalog.primitives.errors import DiskFull, StorageError
 from worker.engine.checkpoints.reader import digest_file
 from worker.engine.checkpoints.writer import save_tensors
@@ -51,6 +60,28 @@ class Statistics(Mapping[str, Tensor]):
         return len(self._files)
 
 
+class Common(Protocol):
+    """Statistics of one tenant that machines have in common, beyond the folder of each.
+
+    Every function raises StorageError where they cannot be had.
+    """
+
+    def holds(self, facts: Facts) -> bool:
+        """Return whether there is a statistic with these facts, readable or not."""
+
+    def about(self, facts: Facts) -> About | None:
+        """Return what a statistic with these facts says of itself; None when there is none that says so."""
+
+    def fetch(self, facts: Facts, folder: Path) -> bool:
+        """Write a statistic with these facts into an empty folder; returns False when there is none that is whole."""
+
+    def keep(self, facts: Facts, folder: Path, about: About) -> None:
+        """Keep what a folder has, unless it is there, and let its last use be now."""
+
+    def remove(self, each: Iterable[Facts]) -> None:
+        """Remove statistics that nobody needs."""
+
+
 class StatisticsStore:
     """A folder that several processes may share, while in context.
 
@@ -63,12 +94,15 @@ class StatisticsStore:
     Args:
         others: folders of other tenants. An entry of theirs is linked when its facts are asked for: who knows them has
             the same inputs. It is found in no other way.
+        common: what machines have in common. What the folder has not is fetched from there, and what is kept or used
+            here is there too.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, others: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, max_bytes: int, others: Sequence[Path] = (), common: Common | None = None) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
         self._others = others
+        self._common = common
         self._stack = ExitStack()
         self.may_keep: Callable[[], bool] = lambda: True
 
@@ -80,32 +114,61 @@ class StatisticsStore:
 
     def get(self, facts: Facts) -> Statistics | None:
         """Return the statistic with these facts; None when there is none, or none that is readable."""
-        entry = self.folder / facts.address
-        return None if not entry.exists() and not self._linked(facts) else self._opened(entry, self._stack)
+        return self._found(facts, self._stack, *self._others)
 
     def holds(self, facts: Facts) -> bool:
-        """Return whether there is an entry with these facts here, readable or not."""
-        return (self.folder / facts.address).exists()
+        """Return whether there is an entry with these facts here, or in common, readable or not."""
+        return (self.folder / facts.address).exists() or (self._common is not None and self._common.holds(facts))
 
     def about(self, facts: Facts) -> About | None:
         """Return what an entry with these facts says of itself; None when there is none here that says so."""
         try:
             return About.model_validate_json((self.folder / facts.address / ABOUT).read_bytes())
         except (OSError, ValidationError):
-            return None
+            return None if self._common is None else self._common.about(facts)
 
     def read(self, facts: Facts) -> dict[str, Tensor] | None:
-        """Return the tensors of an entry of this folder as `get` finds it; nothing of it stays open."""
-        if not self.holds(facts):
-            return None
+        """Return the tensors of an entry as `get` finds it, but in no other folder; nothing of it stays open."""
         with ExitStack() as stack:
-            found = self._opened(self.folder / facts.address, stack)
+            found = self._found(facts, stack)
             return None if found is None else dict(found)
 
-    def remove(self, facts: Facts) -> None:
-        """Remove the entry with these facts, if there is one."""
-        if self.holds(facts):
-            self._remove(self.folder / facts.address)
+    def remove(self, each: Iterable[Facts]) -> None:
+        """Remove the entries with these facts, if there are any."""
+        gone = list(each)
+        for facts in gone:
+            if (self.folder / facts.address).exists():
+                self._remove(self.folder / facts.address)
+        if self._common is not None:
+            self._common.remove(gone)
+
+    def _found(self, facts: Facts, stack: ExitStack, *others: Path) -> Statistics | None:
+        entry = self.folder / facts.address
+        found = self._opened(entry, stack) if entry.exists() or self._linked(facts, others) else None
+        if self._common is None:
+            return found
+        if found is None and self._common.holds(facts) and self._fetched(facts, self._common):
+            found = self._opened(entry, stack)
+            if found is None:  # it is not what was kept, and would be fetched again
+                self._common.remove([facts])
+        if found is not None:
+            self._common.keep(facts, entry, found.about)
+        return found
+
+    def _fetched(self, facts: Facts, common: Common) -> bool:
+        """Bring an entry into the folder; returns False when there is none."""
+        assembled = self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
+        try:
+            with _translated():
+                assembled.mkdir(parents=True)
+                self._tidy()
+                if not common.fetch(facts, assembled):
+                    return False
+                with suppress(FileExistsError):  # another process has just fetched it too
+                    _rename(assembled, self.folder / facts.address)
+            return True
+        finally:
+            shutil.rmtree(assembled, ignore_errors=True)
 
     def _opened(self, entry: Path, stack: ExitStack) -> Statistics | None:
         try:
@@ -201,28 +264,31 @@ class StatisticsStore:
         _flush(assembled / ABOUT)
         entry = self.folder / facts.address
         try:
-            assembled.rename(entry)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                raise
-            if self.get(facts) is None:  # the entry was no readable statistic, and is removed now
+            _rename(assembled, entry)
+        except FileExistsError:
+            there = self._opened(entry, self._stack)
+            if there is None:  # the entry was no readable statistic, and is removed now
                 assembled.rename(entry)
             else:  # another process has just kept the same statistic
                 shutil.rmtree(assembled)
+                about = there.about
+        if self._common is not None:
+            self._common.keep(facts, entry, about)
+            if facts.statistic == NODE_SUMS:  # whoever goes on with the job finds and removes them in common
+                self._remove(entry)
         return kept
 
-    def _linked(self, facts: Facts) -> bool:
+    def _linked(self, facts: Facts, others: Sequence[Path]) -> bool:
         """Link another tenant's statistic with these facts; it does not say by which names its inputs went there."""
-        for folder in self._others:
+        for folder in others:
             source, assembled = folder / facts.address, self.folder / f"{ASSEMBLED}{secrets.token_hex(8)}"
             try:
                 about = About.model_validate_json((source / ABOUT).read_bytes())
                 assembled.mkdir(parents=True)
                 for part in _parts(source):
                     os.link(part, assembled / part.name)
-                unnamed = {"checkpoint": facts.checkpoint, "dataset": f"sha256:{facts.rows}"}
-                own = {"origin": about.origin.model_copy(update=unnamed), "created_at": datetime.now(UTC)}
-                (assembled / ABOUT).write_text(about.model_copy(update=own).model_dump_json(indent=1), encoding="utf-8")
+                own = about.for_another_tenant()
+                (assembled / ABOUT).write_text(own.model_dump_json(indent=1), encoding="utf-8")
                 _flush(assembled / ABOUT)
                 assembled.rename(self.folder / facts.address)
                 return True
@@ -264,6 +330,16 @@ class StatisticsStore:
                 break
             self._remove(entry)
             total -= size
+
+
+def _rename(assembled: Path, entry: Path) -> None:
+    """Let an assembled entry appear. Raises FileExistsError where there is one."""
+    try:
+        assembled.rename(entry)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise FileExistsError(entry) from error
 
 
 def _parts(entry: Path) -> list[Path]:

@@ -92,6 +92,8 @@ class StoreSpec(Strict):
     max_bytes: int
     others: tuple[Path, ...] = ()
     """Other folders of statistics. What a job needs by its digest is linked from them instead of measured again."""
+    tenant: str = "default"
+    """Whose statistics these are, where machines have them in common."""
 
 
 def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:

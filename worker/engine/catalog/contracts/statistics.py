@@ -6,6 +6,7 @@ The worker writes them, the API lists them and hands them out.
 import hashlib
 import json
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import AwareDatetime, Field
@@ -113,3 +114,9 @@ class About(Strict):
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
+
+    def for_another_tenant(self) -> "About":
+        """Return it as another tenant may see it, who has the same inputs: it names them by their digests alone."""
+        unnamed = {"checkpoint": self.facts.checkpoint, "dataset": f"sha256:{self.facts.rows}"}
+        own = {"origin": self.origin.model_copy(update=unnamed), "created_at": datetime.now(UTC)}
+        return self.model_copy(update=own)

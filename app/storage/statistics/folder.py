@@ -1,4 +1,4 @@
-"""Finds the statistics that workers keep in the data folder. Any of them may vanish at any moment."""
+"""Finds the statistics that workers keep in the data folder."""
 
 import secrets
 import shutil
@@ -13,46 +13,29 @@ from pydantic import ValidationError
 
 from app.contracts.api_keys import DEFAULT_TENANT
 from app.storage.files import LocalFile
+from app.storage.statistics.kept import KeptStatistic, in_order
 from app.storage.tenants import statistics_of, statistics_of_others
 from worker.engine.catalog.contracts.statistics import ABOUT, ADDRESS, ASSEMBLED, NODE_SUMS, About
 
 
 @dataclass(frozen=True)
-class KeptStatistic:
-    address: str
+class StatisticInFolder(KeptStatistic):
     state: tuple[int, int]
     """Inode and time of change of its folder. A folder that takes its place may have the same inode, but not both."""
-    about: About
     path: Path
 
     def open(self) -> tuple[list[LocalFile], ExitStack]:
-        """Open its files. They stay readable until the stack is closed, even when the statistic is removed meanwhile.
-
-        Raises FileNotFoundError when it is gone, or not as long as it was.
-        """
+        """Open its files, which stay readable even when the statistic is removed meanwhile."""
         files = []
         with ExitStack() as opened:
-            for number, file in enumerate(self.about.files):
+            for name, file in zip(self.names, self.about.files, strict=True):
                 stream = opened.enter_context((self.path / file.name).open("rb"))
                 if fstat(stream.fileno()).st_size != file.bytes:  # damaged; who needs it measures it again
                     raise FileNotFoundError(self.path / file.name)
-                part = f".{number:05d}" if len(self.about.files) > 1 else ""
-                name = f"{self.title}{part}.safetensors"
                 files.append(LocalFile(name, file.bytes, file.sha256, Path(f"/proc/self/fd/{stream.fileno()}")))
             return files, opened.pop_all()
 
-    @property
-    def title(self) -> str:
-        """Name of the file that is downloaded."""
-        return f"{self.about.facts.statistic}-{self.address[:12]}"
-
-    @property
-    def age_key(self) -> str:
-        """Key that sorts by time, then by address."""
-        return f"{int(self.about.created_at.timestamp() * 1_000_000):014x}-{self.address}"
-
     def used_at(self) -> datetime | None:
-        """Time at which the statistic was last used; None when it is gone."""
         try:
             return datetime.fromtimestamp(self.path.stat().st_mtime, UTC)
         except FileNotFoundError:
@@ -64,18 +47,14 @@ class StatisticsFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._known: dict[str, KeptStatistic] = {}
+        self._known: dict[str, StatisticInFolder] = {}
 
     def newest(self, after: str | None = None) -> Iterator[KeptStatistic]:
-        """Yield statistics, newest first, older than the `age_key` given."""
         found = {entry.name: kept for entry in self._entries() if (kept := self._kept(entry)) is not None}
         self._known = found
-        for kept in sorted(found.values(), key=lambda kept: kept.age_key, reverse=True):
-            if after is None or kept.age_key < after:
-                yield kept
+        yield from in_order([*found.values()], after)
 
-    def get(self, address: str) -> KeptStatistic:
-        """Return the statistic at an address. Raises FileNotFoundError when none is kept there."""
+    def get(self, address: str) -> StatisticInFolder:
         path = self._folder / address
         kept = _read(path, _state(path.stat()))
         if kept is None:
@@ -89,7 +68,7 @@ class StatisticsFolder:
         except FileNotFoundError:  # nothing was ever kept
             return []
 
-    def _kept(self, entry: DirEntry[str]) -> KeptStatistic | None:
+    def _kept(self, entry: DirEntry[str]) -> StatisticInFolder | None:
         known = self._known.get(entry.name)
         try:
             state = _state(entry.stat())
@@ -151,10 +130,10 @@ def _state(stat: stat_result) -> tuple[int, int]:
     return stat.st_ino, stat.st_ctime_ns
 
 
-def _read(path: Path, state: tuple[int, int]) -> KeptStatistic | None:
+def _read(path: Path, state: tuple[int, int]) -> StatisticInFolder | None:
     """Read an entry; None when it is gone, is a part of one to come, or a worker of another version wrote it."""
     try:
         about = About.model_validate_json((path / ABOUT).read_bytes())
     except (OSError, ValidationError):
         return None
-    return None if about.facts.statistic == NODE_SUMS else KeptStatistic(path.name, state, about, path)
+    return None if about.facts.statistic == NODE_SUMS else StatisticInFolder(path.name, about, state, path)
