@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +20,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import DequeueStrategy
 
+from app.contracts.devices import lanes_for
 from app.contracts.jobs import Attempt, Outcome, Status, TaskId
 from app.contracts.settings import Settings
 from app.observability.logs import configure
@@ -29,7 +30,7 @@ from app.storage.artifacts.store import ArtifactStore, artifact_name
 from app.storage.connection import connect, connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.keys import Keys
-from app.storage.queue import TaskQueue, queue_of_predictions
+from app.storage.queue import TaskQueue, queue_of_predictions, queue_of_tasks
 from app.storage.reaper import SWEEP_S, Reaper, Repeater
 from app.storage.searches import SearchFolder
 from app.storage.sources import Sources
@@ -39,7 +40,7 @@ from app.storage.tenants import roots_of, statistics_of, statistics_of_others
 from app.storage.versions import NEWER_DATA_STATUS, NewerData, upgrade_folder, upgrade_redis
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine.catalog.primitives.paths import hide
-from worker.engine_process import EngineProcess
+from worker.engine_process import EngineDied, EngineProcess
 from worker.predicting import Predictor
 from worker.tasks import REDIS_RETRY_S, Storage, TaskRunner, TenantStorage
 
@@ -63,6 +64,8 @@ class TaskWorker(SimpleWorker):
     is_stopping = False
     between_jobs: Callable[[], object] = staticmethod(lambda: None)
     """Called every few seconds while there is no job."""
+    queues_of_tasks: Collection[str] = ()
+    """Names of those of its queues that are not of predictions."""
     _is_busy = False
 
     @property
@@ -98,6 +101,12 @@ class TaskWorker(SimpleWorker):
                 logger.warning("Redis does not answer: %s", error)
                 self.between_jobs()
                 time.sleep(REDIS_RETRY_S)
+
+    def reorder_queues(self, reference_queue: Any) -> None:
+        """Of what waits, take the other kind next: a task after rows to try, and rows after a task."""
+        super().reorder_queues(reference_queue)
+        was_task = reference_queue.name in self.queues_of_tasks
+        self._ordered_queues.sort(key=lambda queue: (queue.name in self.queues_of_tasks) == was_task)
 
     def execute_job(self, job: Job, queue: Any) -> None:
         self._is_busy = True
@@ -171,16 +180,26 @@ def run(settings: Settings) -> int:
     searches = SearchFolder(settings.data_dir)
     cores = len(os.sched_getaffinity(0))
     threads = settings.threads or max(1, cores // settings.workers)
-    engine = EngineProcess(threads, settings.heartbeat_seconds, settings.stall_seconds)
+    engine = EngineProcess(threads, settings.heartbeat_seconds, settings.stall_seconds, settings.device)
+    try:
+        engine.start()
+    except EngineDied as death:
+        logger.error("%s while it started", death)
+        return 1
+    predictions, tasks = (
+        [name_of(settings.queue, lane) for lane in lanes_for(engine.device)]
+        for name_of in (queue_of_predictions, queue_of_tasks)
+    )
     functions: dict[str, Callable[..., None]] = {}
     worker = TaskWorker(
-        [queue_of_predictions(settings.queue), settings.queue],
+        [*predictions, *tasks],
         name=name,
         connection=rq_redis,
         serializer=JSONSerializer,
         job_class=job_class(functions),
         worker_ttl=60,
     )
+    worker.queues_of_tasks = tasks
     storage = Storage(
         store,
         partial(_of_tenant, settings, store, artifacts),
@@ -202,11 +221,10 @@ def run(settings: Settings) -> int:
     )
     predictor = Predictor(storage, engine, runner.look_after_engine, lambda: worker.is_stopping)
     functions.update({**runner.functions, **predictor.functions})
-    engine.start()
     worker.between_jobs = runner.look_after_engine
     kept = settings.kept_in, settings.object_storage
     repeaters = [
-        Repeater(BEAT_S, lambda: store.workers.beat(name, ALIVE_S) if engine.is_well() else None),
+        Repeater(BEAT_S, lambda: store.workers.beat(name, ALIVE_S, engine.device) if engine.is_well() else None),
         Repeater(SWEEP_S, Reaper(store, queue).sweep),
         Repeater(TIDY_S, lambda: artifacts.sweep(partial(_is_wanted, store))),
         Repeater(TIDY_S, partial(sweep_statistics, *kept, settings.max_statistics_bytes)),

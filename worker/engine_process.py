@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import psutil
 from pydantic import BaseModel, Field, TypeAdapter
 
+from app.contracts.devices import Device
 from app.contracts.jobs import JobError, PhaseName
 from app.contracts.lifetime import die_with_parent
 from app.contracts.settings import Settings
@@ -63,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 class Ready(BaseModel):
     event: Literal["ready"] = "ready"
+    device: Device
 
 
 class Warm(BaseModel):
@@ -163,10 +165,18 @@ class EngineProcess:
 
     Args:
         heartbeat_seconds, stall_seconds: times after which it counts as hung, see `Vitals`.
+        device: the setting MASKMERGE_DEVICE.
     """
 
-    def __init__(self, threads: int, heartbeat_seconds: float = 30, stall_seconds: float = 600) -> None:
+    def __init__(
+        self,
+        threads: int,
+        heartbeat_seconds: float = 30,
+        stall_seconds: float = 600,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
         self._threads = threads
+        self._device = device
         self._limits = (heartbeat_seconds, stall_seconds)
         self._vitals: Vitals | None = None
         self._is_ready = False
@@ -198,6 +208,7 @@ class EngineProcess:
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                 "OMP_NUM_THREADS": str(self._threads),
+                "MASKMERGE_DEVICE": self._device,
                 "TOKENIZERS_PARALLELISM": "false",
                 "TRANSFORMERS_VERBOSITY": "error",
             },
@@ -207,10 +218,11 @@ class EngineProcess:
         self._events, self._buffer, self._oom_kills, self.is_warm = read_end, b"", _oom_kills(), False
         self._vitals = Vitals(*self._limits, partial(processor_seconds, self._process.pid))
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not any(isinstance(event, Ready) for event in self.poll(1.0)):
+        while not (ready := [event for event in self.poll(1.0) if isinstance(event, Ready)]):
             if time.monotonic() > deadline:
                 self.kill()
                 raise EngineHung(f"it was not ready after {START_TIMEOUT_S} s")
+        self._device = ready[0].device  # its successors must not go on with another, where a GPU gets lost
         self._is_ready = True
 
     def run(self, spec: JobSpec) -> None:
@@ -275,6 +287,13 @@ class EngineProcess:
         return self._process is not None and self._is_ready and self._signs.seems_well(WELL_S)
 
     @property
+    def device(self) -> Device:
+        """The device on which it computes, from its first start on."""
+        if self._device == "auto":
+            raise EngineStopped
+        return self._device
+
+    @property
     def pid(self) -> int:
         return self._running().pid
 
@@ -322,7 +341,7 @@ _sending = Lock()  # two threads send events, a line at a time
 
 
 def serve(requests: BinaryIO, events: int, settings: Settings) -> None:
-    """Run jobs one after the other until the worker closes the pipe.
+    """Run jobs one after the other until the worker closes the pipe. It exits where there is no such device.
 
     Libraries that only some jobs need are imported while there is no job yet, or after the first job.
     """
@@ -337,17 +356,23 @@ def serve(requests: BinaryIO, events: int, settings: Settings) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from worker.engine.jobs.cutting import Cut
     from worker.engine.jobs.engine import Engine
+    from worker.engine.runtime.device import chosen_device
     from worker.engine.runtime.libraries import preload
     from worker.engine.runtime.protocols import forbid_others
     from worker.engine.runtime.threads import pool
     from worker.engine.runtime.time_limits import are_late
 
     forbid_others()
-    engine = Engine(common=common_statistics(settings.kept_in, settings.object_storage))
+    try:
+        chosen = chosen_device(settings.device)
+    except ValueError as error:
+        logger.error("%s", error)
+        sys.exit(2)
+    engine = Engine(chosen, common=common_statistics(settings.kept_in, settings.object_storage))
     pool(torch.get_num_threads())
     gc.freeze()
     gc.enable()
-    _send(events, Ready())
+    _send(events, Ready.model_validate({"device": chosen.type}))
 
     def warm() -> None:
         preload()

@@ -176,7 +176,7 @@ class TaskRunner:
         if not self.look_after_engine():
             logger.warning("the work is left to others: there is no engine")
             return  # it goes on waiting, and a worker is woken again
-        attempt = self._store.tasks.claim(self._worker, self._holds)
+        attempt = self._store.tasks.claim(self._worker, self._holds, self._engine.device)
         if attempt is None:
             logger.info("no task waits any more that may start now")
             return

@@ -1,3 +1,4 @@
+import hashlib
 import time
 from itertools import islice
 from math import ceil
@@ -59,21 +60,23 @@ async def get_job(
     `Prefer: wait=N` waits up to N (at most 60) seconds: until the job differs from the version that `If-None-Match`
     names, or, without that header, until a job that has not ended changes.
     """
-    is_known = preconditions.is_current(_etag(record))
+    lacking = await run_in_threadpool(services.jobs.waiting_for, record)
+    is_known = preconditions.is_current(_etag(record, lacking))
     if wait is not None and (is_known or (not preconditions.names_known and not record.status.is_final)):
         await services.watcher.change(record.id, record.revision, wait)
         record = await run_in_threadpool(read_again, record, services)
-    etag, later = _etag(record), _retry_after(record)
+        lacking = await run_in_threadpool(services.jobs.waiting_for, record)
+    etag, later = _etag(record, lacking), _retry_after(record)
     if preconditions.is_current(etag):
         return not_modified(etag, {**applied(wait), **later})
     response.headers.update({"ETag": etag, "Cache-Control": "no-cache", **applied(wait), **later})
-    return record.public()
+    return record.public(lacking)
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, responses=problems(409))
 def cancel_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Cancel a job: at once while it waits, within 5 s while it runs. 409 when it has succeeded or failed."""
-    preconditions.check(_etag(record))
+    preconditions.check(_etag(record, services.jobs.waiting_for(record)))
     status = services.store.records.cancel(record.id)
     if status is Status.CANCELLED:  # it waited; if it runs, its worker removes the trials
         services.searches.remove(record.id)
@@ -85,13 +88,13 @@ def cancel_job(record: RecordOf, services: ServicesOf, preconditions: Preconditi
 @router.post("/jobs/{job_id}/retry", status_code=202, responses=problems(409))
 def retry_job(record: RecordOf, services: ServicesOf, preconditions: PreconditionsOf) -> Job:
     """Queue a failed or cancelled job again, as a new attempt. 409 when it is neither."""
-    preconditions.check(_etag(record))
+    preconditions.check(_etag(record, services.jobs.waiting_for(record)))
     again = services.jobs.retry(record.id, record.tenant)
     if again is None:
         current = read_again(record, services)
         detail = f"job {record.id} is {current.status.value}; only a failed or cancelled job can be tried again"
         raise ProblemError(Problem.CONFLICT, detail)
-    return again.public()
+    return again.public(services.jobs.waiting_for(again))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=problems(409))
@@ -100,7 +103,7 @@ def delete_job(record: RecordOf, services: ServicesOf, preconditions: Preconditi
 
     Downloads that have begun go on to their end.
     """
-    preconditions.check(_etag(record))
+    preconditions.check(_etag(record, services.jobs.waiting_for(record)))
     deleted = services.store.records.delete(record.id)
     if deleted is Deleted.NOT_ENDED:
         current = read_again(record, services)
@@ -113,8 +116,10 @@ def delete_job(record: RecordOf, services: ServicesOf, preconditions: Preconditi
     services.searches.remove(record.id)
 
 
-def _etag(record: Record) -> str:
-    return f'"{record.id}-{record.revision}"'
+def _etag(record: Record, waiting_for: str | None) -> str:
+    """Return the tag of a job as it is shown, with what it waits for, which changes without a write."""
+    lacking = f"-{hashlib.sha256(waiting_for.encode()).hexdigest()[:8]}" if waiting_for else ""
+    return f'"{record.id}-{record.revision}{lacking}"'
 
 
 def _retry_after(record: Record) -> dict[str, str]:

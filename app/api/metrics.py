@@ -99,12 +99,16 @@ class SharedMetrics(Collector):
         now = self._store.clock()
         active: dict[tuple[str, ...], float] = {}
         oldest: dict[tuple[str, ...], float] = {}
+        waiting: dict[tuple[str, ...], float] = defaultdict(float)
         for of in self._store.tasks.counts():
+            for lane, count in of.waiting_in.items():
+                waiting[(lane,)] += count
             active |= {(of.tenant, "queued"): of.waiting, (of.tenant, "running"): of.running}
             for status, since_ms in (("queued", of.oldest_waiting_ms), ("running", of.first_started_ms)):
                 oldest[of.tenant, status] = 0.0 if since_ms is None else (now - since_ms) / 1000
         yield _family(told.ACTIVE, active)
         yield _family(told.OLDEST, oldest)
+        yield _family(told.WAITING, waiting)
         with suppress(OSError):  # whether the folder can be used is for /readyz to say
             disk = shutil.disk_usage(self._data_dir)
             yield _family(told.DISK_FREE, {(): disk.free})

@@ -43,5 +43,8 @@ async def answered(services: Services, record: Record, wait: int | None, respons
             await services.watcher.end(record.id, record.revision, wait)
             later = await run_in_threadpool(services.store.records.get, record.id)
             record = later or record  # deleted meanwhile
+    lacking = None
+    with suppress(RedisError):
+        lacking = await run_in_threadpool(services.jobs.waiting_for, record)
     response.headers.update({"Location": f"/jobs/{record.id}", **applied(wait)})
-    return record.public()
+    return record.public(lacking)

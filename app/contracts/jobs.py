@@ -197,6 +197,8 @@ class Job(JobCore):
     """The request as it was accepted, with defaults filled in."""
     result: MergeResult | ScoreResult | None
     """What the job found; null until it has succeeded."""
+    waiting_for: str | None = None
+    """What a waiting job lacks beside its turn: a live worker, or one with the `device` that it asks for."""
 
 
 class JobPage(BaseModel):
@@ -283,8 +285,8 @@ class Record(RecordCore):
     request_id: str | None
     traceparent: str | None
 
-    def public(self) -> Job:
-        return Job(**self.core(), request=self.request, result=self.result)
+    def public(self, waiting_for: str | None = None) -> Job:
+        return Job(**self.core(), request=self.request, result=self.result, waiting_for=waiting_for)
 
 
 class Outcome(BaseModel):

@@ -56,3 +56,5 @@ class Plan(BaseModel):
     """Notes with which the result will begin: what is left out, assumed, or merged in another way."""
     request: dict[str, Any]
     """The request as it would be accepted, with defaults filled in."""
+    waiting_for: str | None = None
+    """What a job would wait for: a live worker, or one with the `device` that it asks for. Null where there is one."""

@@ -1,12 +1,13 @@
-"""The whole schema of requests, including fields that are refused because they are not available yet."""
+"""The whole schema of requests for jobs."""
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from app.contracts.devices import Device
 from app.contracts.limits import HIGHEST_PRIORITY, LOWEST_PRIORITY
 from app.contracts.models import MeasuredModelRequest, ModelRequest, ScoredModelRequest
 from app.contracts.output import Output
@@ -74,6 +75,9 @@ class JobRequest(Strict, Generic[Model]):
     not ended by then fails with `timeout` and publishes nothing. A retry has the same time again. Null: no limit."""
     webhook: Webhook | None = None
     """Receiver that is told of the job's events, signed with the secret of the caller's key."""
+    device: Device | None = None
+    """Device to compute on: only workers that have it take the job, and it waits while none is alive. Null: any
+    worker."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,8 +130,6 @@ class MergeRequest(JobRequest[ModelRequest]):
     half."""
     evaluate: bool = True
     """Whether to compare expert, plain average and merge on each model's evaluation rows."""
-    device: Literal["cpu", "cuda"] | None = None
-    """Device to compute on; null: the worker's own choice."""
 
     @model_validator(mode="after")
     def _method_may_keep_heads(self) -> Self:
@@ -291,11 +293,3 @@ def as_recipe(request: Mapping[str, Any]) -> dict[str, Any]:
     Artifacts are passed on, and a webhook's URL may hold secrets.
     """
     return {name: value for name, value in request.items() if name != "webhook"}
-
-
-def not_available_yet(request: MergeRequest | ScoreRequest) -> list[tuple[str, str]]:
-    """Return (field, why) of everything that the schema knows and this version cannot do, which is refused."""
-    if not isinstance(request, MergeRequest):
-        return []
-    used = {"device": request.device == "cuda"}
-    return [(field, "is not available yet; leave it out") for field, is_used in used.items() if is_used]

@@ -138,6 +138,9 @@ class Settings(BaseSettings):
     """Workers that `maskmerge serve` starts."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """Threads of a worker's arithmetic; the cores divided by the workers when not set."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device on which a worker computes; `auto`: the first CUDA GPU that it sees, else the CPU. A job that asks for a
+    `device` is done by workers with that one."""
     queue: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "maskmerge"
     """Name of the RQ queue that hands jobs to workers."""
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None

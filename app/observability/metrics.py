@@ -11,6 +11,7 @@ from itertools import product
 from typing import Literal
 
 from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.devices import LANES
 from app.contracts.jobs import ErrorCode, JobKind, Status
 from app.contracts.webhooks import DeliveryState
 from worker.engine.catalog.contracts.report import MergeResult, ScoreResult
@@ -59,6 +60,12 @@ OLDEST = Metric(
     "maskmerge_jobs_oldest_age_seconds",
     "Of waiting jobs, the time since the oldest was accepted; of running ones, since the first of them was begun.",
     ACTIVE.labels,
+)
+WAITING = Metric(
+    "gauge",
+    "maskmerge_tasks_waiting",
+    "Jobs and shards that wait, by the device that the job asks for; `any` where it asks for none.",
+    (("device", LANES),),
 )
 DISK_FREE = Metric("gauge", "maskmerge_disk_free_bytes", "Room that the service may still use beside the data folder.")
 DISK_SIZE = Metric("gauge", "maskmerge_disk_size_bytes", "Size of the file system of the data folder.")
@@ -138,7 +145,7 @@ LATENCY = Metric(
     (("method", ()), ("route", ())),
     ANSWER_SECONDS,
 )
-METRICS = (REDIS_UP, WORKERS, ACTIVE, OLDEST, DISK_FREE, DISK_SIZE, *STORED, REQUESTS, LATENCY)
+METRICS = (REDIS_UP, WORKERS, ACTIVE, OLDEST, WAITING, DISK_FREE, DISK_SIZE, *STORED, REQUESTS, LATENCY)
 
 Count = tuple[str, float]
 """The name of a sum in Redis, and by how much it grows."""

@@ -13,7 +13,7 @@ from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.models import Dataset, Evaluation
 from app.contracts.plans import Plan, PlannedModel
 from app.contracts.references import Reference, ReferenceError
-from app.contracts.requests import MergeRequest, ScoreRequest, not_available_yet
+from app.contracts.requests import MergeRequest, ScoreRequest
 from app.contracts.suitability import LEAST_EVALUATED
 from app.storage.inputs import RootedPath
 from app.storage.sources import Sources
@@ -89,9 +89,6 @@ class Checker:
 
     def check(self, request: MergeRequest | ScoreRequest) -> Accepted:
         """Check a request. Raises ProblemError when the recipe or an input is refused."""
-        later = [FieldError(field=field, message=why) for field, why in not_available_yet(request)]
-        if later:
-            raise ProblemError(Problem.NOT_AVAILABLE, _sentence(later), later)
         with self._views:
             return self._merge(request) if isinstance(request, MergeRequest) else self._scores(request)
 

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from app.contracts.api_keys import Caller
 from app.contracts.errors import Problem, ProblemError
-from app.contracts.jobs import Gone, JobKind, Outcome, Record
+from app.contracts.jobs import Gone, JobKind, Outcome, Record, Status
 from app.contracts.limits import TenantLimits
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest, ScoreRequest
@@ -109,6 +109,7 @@ class Jobs:
                 0 if accepted.plan is None else accepted.plan.bytes_to_write,
                 request_id(),
                 traceparent(),
+                request.device,
             )
             created = await run_sync(self._create, job, once if once.key else None)
         elif not created.same_body and await self._asks_the_same(created.job_id, request, caller.tenant):
@@ -178,7 +179,14 @@ class Jobs:
         plan = (await self._check(request, caller.tenant)).plan
         assert plan is not None  # noqa: S101 - for the type checker: every merge has one
         await run_sync(self._room.require, plan.bytes_to_write)
-        return plan
+        lacking = await run_sync(self._store.workers.lacking_for, request.device)
+        return plan.model_copy(update={"waiting_for": lacking})
+
+    def waiting_for(self, record: Record) -> str | None:
+        """Say which worker a waiting job lacks; None where one is alive, and for a job that does not wait."""
+        if record.status is not Status.QUEUED:
+            return None
+        return self._store.workers.lacking_for(record.request.get("device"))
 
     async def preview(self, asked: Sequence[RowsAsked], caller: Caller) -> list[Preview]:
         """Return the first rows of data sets that the caller may name. Raises ProblemError, see `Inspectors`."""

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from anyio.to_thread import run_sync
 
+from app.contracts.devices import Device
 from app.contracts.errors import FieldError, Problem, ProblemError
 from app.contracts.jobs import ErrorCode, JobError, JobKind, Record, Status
 from app.contracts.predictions import PredictionOrder, PredictionOutcome, PredictionRequest
@@ -58,11 +59,12 @@ class Predictions:
         _require_model(record, request.model)
         one = f"models/{request.model}/"
         merged = request.model if any(name.startswith(one) for name in files) else "model"
-        name = await run_sync(self._ask, record, request, merged)
+        device = record.request.get("device")
+        name = await run_sync(self._ask, record, request, merged, device)
         try:
             text = await self._watcher.pop(self._store.predictions.outcome_key(name), self._seconds, is_gone)
         finally:
-            await run_sync(self._forget, name)
+            await run_sync(self._forget, name, device)
         if text is not None:
             outcome = PredictionOutcome.model_validate_json(text)
             if outcome.prediction is not None:
@@ -73,12 +75,12 @@ class Predictions:
             raise ProblemError(Problem.MALFORMED, "the caller hung up")  # for the log; nobody is there to hear it
         if self._watcher.is_stopping:
             raise ProblemError(Problem.NOT_READY, "the service stops; ask again", None, **{"Retry-After": "5"})
-        alive = await run_sync(self._store.workers.count)
-        why = "they are at work, or the models take longer to load" if alive else "none is alive"
+        lacking = await run_sync(self._store.workers.lacking_for, device)
+        why = f"it needs {lacking}" if lacking else "they are at work, or the models take longer to load"
         detail = f"no worker answered within {self._seconds:g} s (MASKMERGE_PREDICT_SECONDS): {why}; ask again"
         raise ProblemError(Problem.NO_ANSWER, detail)
 
-    def _ask(self, record: Record, request: PredictionRequest, merged: str) -> str:
+    def _ask(self, record: Record, request: PredictionRequest, merged: str, device: Device | None) -> str:
         """Leave the rows for a worker, and return the id under which it answers."""
         if self._queue.predictions_waiting() >= MOST_WAITING:
             detail = f"{MOST_WAITING} requests to predict wait for a worker already; try again"
@@ -88,11 +90,11 @@ class Predictions:
             job=record.id, merged=merged, request=request, deadline_ms=deadline, request_id=request_id()
         )
         name = self._store.predictions.put(order, self._seconds)
-        self._queue.ask_to_predict(name, self._seconds)
+        self._queue.ask_to_predict(name, self._seconds, device)
         return name
 
-    def _forget(self, name: str) -> None:
-        self._queue.forget_prediction(name)
+    def _forget(self, name: str, device: Device | None) -> None:
+        self._queue.forget_prediction(name, device)
         self._store.predictions.forget(name)
 
 

@@ -7,6 +7,7 @@ from typing import cast
 from redis import Redis
 
 from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.devices import LANES
 from app.contracts.jobs import TaskId
 from app.storage.keys import Keys
 
@@ -41,7 +42,8 @@ class ActiveJobs:
     def _fields(self, *names: str) -> Iterator[list[str | None]]:
         """Yield these fields of each of their records."""
         tenants = cast(list[str], self._redis.zrange(self._keys.tenants, 0, -1))
-        lists = [key for tenant in tenants for key in (self._keys.waiting(tenant), self._keys.running(tenant))]
+        waiting = [self._keys.waiting(tenant, lane) for tenant in tenants for lane in LANES]
+        lists = [*waiting, *map(self._keys.running, tenants)]
         with self._redis.pipeline() as reads:  # at once, since a task may go from one list to another meanwhile
             for key in (*lists, self._keys.due, self._keys.leases):
                 reads.zrange(key, 0, -1)

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 
 from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.devices import ANY
 from app.contracts.jobs import TaskId
 
 
@@ -57,9 +58,9 @@ class Keys:
         """Name the attempt that a claim started, so that the same claim, sent again, starts no other."""
         return self._key("claim", token)
 
-    def waiting(self, tenant: str) -> str:
-        """Sorted set of a tenant's waiting tasks: the highest priority first, and the oldest of equal ones."""
-        return self._key("waiting", tenant)
+    def waiting(self, tenant: str, lane: str = ANY) -> str:
+        """Sorted set of a tenant's waiting tasks in a lane: the highest priority first, the oldest of equal ones."""
+        return self._key(_in_lane("waiting", lane), tenant)
 
     def running(self, tenant: str) -> str:
         """Sorted set of a tenant's running tasks, by the time that their attempt began."""
@@ -107,15 +108,13 @@ class Keys:
         """Sorted set of the tenants that ever had a job, by the number of the start that was theirs last."""
         return self._key("tenants")
 
-    @property
-    def turns(self) -> str:
-        """Sorted set of tenants that wait for a worker: fewest running tasks first, then least recently served."""
-        return self._key("turns")
+    def turns(self, lane: str) -> str:
+        """Sorted set of tenants that wait in a lane: fewest running tasks first, then least recently served."""
+        return self._key(_in_lane("turns", lane))
 
-    @property
-    def ranks(self) -> str:
+    def ranks(self, lane: str) -> str:
         """Sorted set of the same tenants: by the priority of their first task, and by turns where it is equal."""
-        return self._key("ranks")
+        return self._key(_in_lane("ranks", lane))
 
     @property
     def reserved(self) -> str:
@@ -161,6 +160,10 @@ class Keys:
         """Sorted set of live workers, by the time from which they count as gone."""
         return self._key("workers")
 
+    def workers_with(self, device: str) -> str:
+        """Sorted set of those of them that compute on a device."""
+        return self._key("workers", device)
+
     @property
     def replicated(self) -> str:
         """Name what is written last, so that replicas that have it have everything before."""
@@ -173,3 +176,8 @@ class Keys:
 
     def _key(self, *parts: str) -> str:
         return ":".join((self.prefix, *parts))
+
+
+def _in_lane(name: str, lane: str) -> str:
+    """Name something of a lane. Releases without lanes had what is of the lane for any worker."""
+    return name if lane == ANY else f"{name}-{lane}"

@@ -11,6 +11,7 @@ from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from app.contracts.devices import ANY, DEVICES, LANES, Device, lane_of
 from app.storage.jobs import JobStore
 
 WORK = "work"
@@ -19,35 +20,48 @@ PREDICT = "predict"
 """Name of the function that a message of the queue of predictions asks for, with the id of an order."""
 
 
-def queue_of_predictions(name: str) -> str:
-    """Return the name of the queue of predictions beside a queue of tasks."""
-    return f"{name}-predictions"
+def queue_of_tasks(name: str, lane: str) -> str:
+    """Return the name of the queue of a lane's tasks."""
+    return name if lane == ANY else f"{name}-{lane}"
+
+
+def queue_of_predictions(name: str, lane: str) -> str:
+    """Return the name of the queue of predictions beside a lane's queue of tasks."""
+    return queue_of_tasks(f"{name}-predictions", lane)
 
 
 class TaskQueue:
     """Wakes workers through RQ. A message says that there is work, and names none.
+
+    Each lane has queues of its own, so that only workers are woken that may do the work.
 
     Args:
         redis: a client without decode_responses, as RQ needs it.
     """
 
     def __init__(self, redis: Redis, name: str, store: JobStore) -> None:
+        def queue(name: str) -> Queue:
+            return Queue(name, connection=redis, serializer=JSONSerializer)
+
         self.name = name
-        self._queue = Queue(name, connection=redis, serializer=JSONSerializer)
-        self._predictions = Queue(queue_of_predictions(name), connection=redis, serializer=JSONSerializer)
+        self._tasks = {lane: queue(queue_of_tasks(name, lane)) for lane in LANES}
+        self._predictions = {lane: queue(queue_of_predictions(name, lane)) for lane in LANES}
         self._store = store
 
     def wake(self) -> int:
         """See to it that RQ has a message for each task that may start, and returns how many it added.
 
-        There are never more messages than workers, since a worker that ends a task calls this again. So it is called
-        whenever a task may have become one that can start; what a crash leaves undone, and what RQ loses, the next
-        sweep makes good.
+        Of each lane, there are never more messages than workers, since a worker that ends a task calls this again. So
+        it is called whenever a task may have become one that can start; what a crash leaves undone, and what RQ loses,
+        the next sweep makes good.
         """
-        wanted = self._store.tasks.startable(max(1, self._store.workers.count()))
-        missing = max(0, wanted - self._queue.count) if wanted else 0
+        return self._wake(ANY, None) + sum(self._wake(device, device) for device in DEVICES)
+
+    def _wake(self, lane: str, device: Device | None) -> int:
+        wanted = self._store.tasks.startable(max(1, self._store.workers.count(device)), lane)
+        missing = max(0, wanted - self._tasks[lane].count) if wanted else 0
         for _ in range(missing):
-            self._queue.enqueue_call(
+            self._tasks[lane].enqueue_call(
                 WORK,  # never imported
                 job_id=secrets.token_hex(8),
                 timeout=-1,  # leases watch over the work, see `app.storage.tasks`
@@ -57,9 +71,9 @@ class TaskQueue:
             )
         return missing
 
-    def ask_to_predict(self, order: str, seconds: float) -> None:
-        """Have a worker answer an order, by its id, within so many seconds."""
-        self._predictions.enqueue_call(
+    def ask_to_predict(self, order: str, seconds: float, device: Device | None) -> None:
+        """Have a worker answer an order, by its id, within so many seconds, on a device if one is named."""
+        self._predictions[lane_of(device)].enqueue_call(
             PREDICT,  # never imported
             args=(order,),
             job_id=order,
@@ -72,8 +86,8 @@ class TaskQueue:
 
     def predictions_waiting(self) -> int:
         """Return how many orders wait for a worker."""
-        return self._predictions.count
+        return sum(int(queue.count) for queue in self._predictions.values())
 
-    def forget_prediction(self, order: str) -> None:
-        """Take an order out of the queue, if it is still there."""
-        self._predictions.remove(order)
+    def forget_prediction(self, order: str, device: Device | None) -> None:
+        """Take an order out of its queue, if it is still there."""
+        self._predictions[lane_of(device)].remove(order)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from redis import Redis
 
 from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.devices import LANES, Device
 from app.contracts.jobs import (
     ErrorCode,
     Gone,
@@ -65,6 +66,8 @@ class NewJob:
     """Id of the request that makes it, for logs."""
     traceparent: str | None = None
     """Name of that request's span, for traces; see `app.observability.traces`."""
+    device: Device | None = None
+    """Device of the workers that may do the job; None: any."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Records:
             fields["request_id"] = job.request_id
         if job.traceparent is not None:
             fields["traceparent"] = job.traceparent
+        if job.device is not None:
+            fields["device"] = job.device
         once = idempotency or Idempotency("", "", 0)
         remembered = f"{job_id} {once.digest}" if once.key else ""
         remembering = self._remembering(job.tenant, once)
@@ -199,7 +204,8 @@ class Records:
     def _waiting(self, tenant: str) -> int:
         """Count a tenant's waiting jobs; shards of one that runs are none."""
         shards = cast(str | None, self._redis.hget(self._keys.shards, tenant))
-        return int(self._redis.zcard(self._keys.waiting(tenant))) - int(shards or 0)
+        waiting = sum(int(self._redis.zcard(self._keys.waiting(tenant, lane))) for lane in LANES)
+        return waiting - int(shards or 0)
 
     def _remembering(self, tenant: str, once: Idempotency) -> str:
         """Return the name under which Redis remembers the job that a key made."""

@@ -16,6 +16,7 @@ from redis.commands.core import Script
 from redis.exceptions import RedisError
 
 from app.contracts.api_keys import DEFAULT_TENANT
+from app.contracts.devices import LANES
 from app.contracts.jobs import JobKind, Stage, Status
 from app.contracts.limits import HIGHEST_PRIORITY
 from app.storage.keys import Keys
@@ -118,15 +119,16 @@ def _constants(keys: Keys) -> str:
         "DEFAULT_KIND": f"'{JobKind.MERGE}'",
         "SUMS": f"'{keys.sums}'",
         "TASK": f"'{keys.task('')}'",
-        "WAITING": f"'{keys.waiting('')}'",
+        "LANES": _table(repr(lane) for lane in LANES),
+        "WAITING": _by_lane(lambda lane: keys.waiting("", lane)),
         "RUNNING": f"'{keys.running('')}'",
         "TENANTS": f"'{keys.tenants}'",
-        "TURNS": f"'{keys.turns}'",
-        "RANKS": f"'{keys.ranks}'",
+        "TURNS": _by_lane(keys.turns),
+        "RANKS": _by_lane(keys.ranks),
         "LEASES": f"'{keys.leases}'",
         "RECEIVERS": f"'{keys.receivers}'",
         "DELIVERIES_KEPT": DELIVERIES_KEPT,
-        "SUMMARY_FIELDS": f"{{{', '.join(map(repr, SUMMARY_FIELDS))}}}",
+        "SUMMARY_FIELDS": _table(map(repr, SUMMARY_FIELDS)),
         "RESERVED": f"'{keys.reserved}'",
         "STORED": f"'{keys.stored}'",
         "SHARDS": f"'{keys.shards}'",
@@ -136,6 +138,16 @@ def _constants(keys: Keys) -> str:
     }
     finals = ", ".join(f"{status} = true" for status in Status if status.is_final)
     return f"local FINAL = {{{finals}}}\n" + "".join(f"local {name} = {value}\n" for name, value in values.items())
+
+
+def _table(entries: Iterable[str]) -> str:
+    """Write a table of Lua."""
+    return f"{{{', '.join(entries)}}}"
+
+
+def _by_lane(key: Callable[[str], str]) -> str:
+    """Write a table of Lua with a key for each lane."""
+    return _table(f"{lane} = {key(lane)!r}" for lane in LANES)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 from redis import Redis
 
+from app.contracts.devices import ANY, LANES, Device
 from app.contracts.jobs import (
     Attempt,
     ErrorCode,
@@ -38,12 +39,17 @@ class TenantTasks:
     """A tenant's waiting and running tasks. Times are in milliseconds since the epoch; None where there is no task."""
 
     tenant: str
-    waiting: int
+    waiting_in: Mapping[str, int]
+    """Number of waiting tasks in each lane."""
     oldest_waiting_ms: int | None
     """Time at which the job was made that waits and is the oldest."""
     running: int
     first_started_ms: int | None
     """Start of the attempt that has been running for longest."""
+
+    @property
+    def waiting(self) -> int:
+        return sum(self.waiting_in.values())
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,12 @@ class Tasks:
         running = {"*": limits.default, **limits.tenants}
         self._most_running = json.dumps({tenant: of.active_jobs or 0 for tenant, of in running.items()})
 
-    def claim(self, worker: str, holds: str = "") -> Attempt | None:
+    def claim(self, worker: str, holds: str = "", device: Device = "cpu") -> Attempt | None:
         """Start an attempt at the task that is next. Returns None when none waits that may start now.
 
-        A task of the highest priority is next, and among equal ones tenants take turns: who has the fewest running
-        comes first, then who was least recently served. Every fourth start goes by turns alone. Of a tenant's tasks,
+        Only tasks of jobs count that ask for the worker's device, or for none. A task of the highest priority is next,
+        and among equal ones tenants take turns: who has the fewest running comes first, then who was least recently
+        served. Every fourth start goes by turns alone. Of a tenant's tasks,
         the highest priority comes first, then the oldest. Tasks of a tenant that runs as many as it may are left out.
         Where that is a shard, one of the checkpoint that the worker `holds` may be taken in its place.
         """
@@ -159,6 +166,7 @@ class Tasks:
                 self._most_running,
                 CLAIM_KEPT_S,
                 holds,
+                device,
             ],
         )
         if not claimed:
@@ -307,12 +315,12 @@ class Tasks:
             return None
         return state == TaskState.RUNNING and int(attempt) == number
 
-    def startable(self, most: int) -> int:
-        """Return the number of waiting tasks that may start now, at most `most`.
+    def startable(self, most: int, lane: str = ANY) -> int:
+        """Return the number of tasks waiting in a lane that may start now, at most `most`.
 
         It may be too high: whether a tenant runs as many tasks as it may is found out by a claim.
         """
-        return int(self._scripts.run("startable", "", [], [most]))
+        return int(self._scripts.run("startable", "", [], [most, lane]))
 
     def counts(self) -> list[TenantTasks]:
         """Count the tasks of every tenant that has any, without reading them."""
@@ -320,12 +328,12 @@ class Tasks:
         return [
             TenantTasks(
                 str(tenant),
-                int(waiting),
+                dict(zip(LANES, map(int, waiting), strict=True)),
                 int(str(oldest)[:12], 16) if oldest else None,  # an id begins with the time that its job was made at
                 int(running),
                 int(float(started)) if started else None,
             )
-            for tenant, waiting, oldest, running, started in found
+            for tenant, oldest, running, started, *waiting in found
         ]
 
     def adopt(self) -> None:

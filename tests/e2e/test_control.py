@@ -101,6 +101,27 @@ def test_a_waiting_job_is_cancelled_at_once_and_the_running_one_goes_on(service:
     assert service.job(waiting)["attempt"] == 0
 
 
+def test_a_job_waits_for_a_worker_with_its_device_and_others_pass_it(service: Service) -> None:
+    lacking = "a worker with the device cuda; none has it"
+    recipe = {**tiny_recipe("a", name="average"), "device": "cuda", "priority": 10}
+    assert service.post("/merge/validate", json=recipe).json()["waiting_for"] == lacking
+    posted = service.post("/merge", json=recipe).json()
+    assert (posted["status"], posted["waiting_for"]) == ("queued", lacking)
+    path = f"/jobs/{posted['id']}"
+    for kind in ("/merge", "/scores"):
+        models = [{name: tiny_recipe("a")["models"][0][name] for name in ("name", "checkpoint", "dataset")}]
+        body = {"models": models, "method": {"name": "mask_fisher", "examples": 4}, "device": "cpu"}
+        accepted = service.post(kind, json=body).json()
+        assert accepted["waiting_for"] is None
+        job = service.finished(accepted["id"])
+        assert (job["status"], job["result"]["device"], job["request"]["device"]) == ("succeeded", "cpu", "cpu")
+    shown = service.get(path)
+    assert (shown.json()["status"], shown.json()["waiting_for"]) == ("queued", lacking)
+    assert service.get(path, headers={"If-None-Match": shown.headers["ETag"]}).status_code == 304
+    cancelled = service.post(f"{path}/cancel", headers={"If-Match": shown.headers["ETag"]}).json()
+    assert (cancelled["status"], cancelled["waiting_for"], cancelled["attempt"]) == ("cancelled", None, 0)
+
+
 @pytest.mark.long
 def test_a_cancelled_job_succeeds_when_it_is_retried(service: Service) -> None:
     job_id, _ = service.submit_held(measured_anew(tiny_recipe()))

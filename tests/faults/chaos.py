@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from app.client import Client, Refused, Unreachable
+from app.contracts.devices import LANES
 from app.contracts.events import LogCode, LogEntry, StatusChange
 from app.contracts.jobs import Job, Status
 from app.storage.keys import Keys
@@ -254,7 +255,7 @@ class Chaos:
         keys = Keys("maskmerge")
         with self._fleet.redis() as redis:
             for tenant in redis.zrange(keys.tenants, 0, -1):
-                for key in (keys.waiting(tenant), keys.running(tenant)):
+                for key in (*(keys.waiting(tenant, lane) for lane in LANES), keys.running(tenant)):
                     if redis.exists(key):
                         yield f"{key} has {redis.zrange(key, 0, -1)}"
             for tenant, count in redis.hgetall(keys.reserved).items():

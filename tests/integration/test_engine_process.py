@@ -349,3 +349,14 @@ def test_a_model_larger_than_the_memory_that_is_left_is_measured_layer_by_layer(
     assert isinstance(event, Finished), event
     assert "layers were read from the files" in event.result.notes[0]
     assert event.result.peak_memory_bytes < streamed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_does_not_start_on_a_device_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineDied, match="ended with 2"):
+        EngineProcess(threads=1, device="cuda").start()
+    assert "PyTorch sees no CUDA GPU" in capfd.readouterr().err
+
+
+def test_an_engine_tells_its_device(engine: EngineProcess) -> None:
+    assert engine.device == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -119,6 +119,28 @@ def test_shards_take_the_place_of_their_job_and_the_last_one_lets_it_go_on(store
     assert store.tasks.counts() == []
 
 
+def test_shards_and_the_merge_after_them_are_for_workers_with_the_jobs_device(store: JobStore) -> None:
+    store.records.create(NewJob({}, "name", device="cuda"))
+    before = store.tasks.claim("gpu", device="cuda")
+    assert before is not None
+    assert store.tasks.split(before, cut("a", "b"))
+    store.records.create(NewJob({}, "another"))
+    assert not claim(store).is_of_shard
+    assert store.tasks.claim("worker") is None
+    shards = [store.tasks.claim("gpu", holds, "cuda") for holds in ("local:b", "")]
+    held = [shard and store.tasks.work_of_shard(shard) for shard in shards]
+    assert [json.loads(work or "")["model"] for work in held] == ["b", "a"]
+    assert all(shard and finish(store, shard) for shard in shards)
+    assert store.tasks.claim("worker") is None
+    after = store.tasks.claim("gpu", device="cuda")
+    assert after is not None
+    assert (after.task, after.number) == (before.task, 2)
+    assert store.tasks.fail(after, FAILURE)
+    assert store.records.retry(after.task.job)
+    assert store.tasks.claim("worker") is None
+    assert store.tasks.claim("gpu", device="cuda") is not None
+
+
 def test_what_is_told_twice_counts_once(store: JobStore) -> None:
     before = split(store, "a", "a")
     assert store.tasks.split(before, cut("a", "a"))  # its answer got lost

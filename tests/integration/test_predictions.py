@@ -72,7 +72,7 @@ def test_without_a_worker_there_is_no_answer_in_time_and_nothing_is_left(
     answer = api.post(f"/jobs/{job_id}/predict", json=BODY)
     assert_problem(answer, 504, "no_answer")
     assert time.monotonic() - began >= SECONDS
-    assert "within 0.3 s (MASKMERGE_PREDICT_SECONDS): none is alive" in answer.json()["detail"]
+    assert "within 0.3 s (MASKMERGE_PREDICT_SECONDS): it needs a worker; none is alive" in answer.json()["detail"]
     assert [name for name in redis.scan_iter("*") if "prediction" in name and not name.startswith("rq:queues")] == []
     store.workers.beat("w", 60)
     assert "they are at work" in api.post(f"/jobs/{job_id}/predict", json=BODY).json()["detail"]

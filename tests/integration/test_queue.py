@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import pytest
 from redis import Redis
 
+from app.contracts.devices import Device
 from app.contracts.jobs import Attempt, Status, TaskId
-from app.contracts.limits import UNLIMITED, Limits, TenantLimits
+from app.contracts.limits import UNLIMITED, Limits, QueueFull, TenantLimits
 from app.storage.connection import connect_for_rq
 from app.storage.jobs import JobStore
 from app.storage.queue import TaskQueue
@@ -53,9 +55,9 @@ def store(new_store: NewStore) -> JobStore:
     return new_store()
 
 
-def wait(store: JobStore, tenant: str, priority: int = 0) -> str:
+def wait(store: JobStore, tenant: str, priority: int = 0, device: Device | None = None) -> str:
     """The id of a new job that waits."""
-    return store.records.create(NewJob({}, "name", tenant=tenant, priority=priority)).job_id
+    return store.records.create(NewJob({}, "name", tenant=tenant, priority=priority, device=device)).job_id
 
 
 def begin(store: JobStore) -> Attempt:
@@ -230,10 +232,94 @@ def test_counts_tell_how_many_wait_and_run_and_since_when(store: JobStore, clock
     made.append(clock.now + 1)
     wait(store, "two")
     one, two = sorted(store.tasks.counts(), key=lambda tenant: tenant.tenant)
-    assert one == TenantTasks("one", 2, made[0], 1, began)
-    assert two == TenantTasks("two", 1, made[3], 0, None)
+    assert one == TenantTasks("one", {"any": 2, "cpu": 0, "cuda": 0}, made[0], 1, began)
+    assert two == TenantTasks("two", {"any": 1, "cpu": 0, "cuda": 0}, made[3], 0, None)
     assert store.tasks.succeed(attempt, RESULT, "folder")
-    assert TenantTasks("one", 2, made[0], 0, None) in store.tasks.counts()
+    made.append(clock.now + 1)
+    wait(store, "two", 7, "cuda")
+    one, two = sorted(store.tasks.counts(), key=lambda tenant: tenant.tenant)
+    assert one == TenantTasks("one", {"any": 2, "cpu": 0, "cuda": 0}, made[0], 0, None)
+    assert two == TenantTasks("two", {"any": 1, "cpu": 0, "cuda": 1}, made[3], 0, None)
+    assert (two.waiting, len(store.active.jobs_read())) == (2, 0)
+
+
+def test_a_job_is_claimed_by_workers_with_its_device_alone(store: JobStore) -> None:
+    jobs: dict[Device | None, str] = {device: wait(store, "one", device=device) for device in (None, "cpu", "cuda")}
+    urgent = wait(store, "two", 10, "cuda")
+    on_cpu = [store.tasks.claim("worker") for _ in range(3)]
+    assert [claim and claim.task.job for claim in on_cpu] == [jobs[None], jobs["cpu"], None]
+    waiting = [store.tasks.claim("gpu", device="cuda") for _ in range(3)]
+    assert [claim and claim.task.job for claim in waiting] == [urgent, jobs["cuda"], None]
+    again = waiting[1]
+    assert again is not None
+    assert store.tasks.release(again, lost=True)
+    assert store.tasks.claim("worker") is None  # a lost attempt waits in its lane
+    claim = store.tasks.claim("gpu", device="cuda")
+    assert claim is not None
+    assert claim.task == again.task
+
+
+def test_lanes_change_nothing_of_the_order_in_which_a_worker_takes_its_tasks(redis: Redis, clock: Clock) -> None:
+    """The same jobs in two queues, in one of which some ask for the device that all workers have."""
+    limits = TenantLimits(UNLIMITED.default, {"few": Limits(active_jobs=2)})
+    plain, mixed = (JobStore(redis, prefix, LEASE_S, 3, clock, limits=limits) for prefix in ("plain", "mixed"))
+    draw = Random(7)
+    names: dict[str, int] = {}
+    running: list[tuple[Attempt, Attempt]] = []
+    taken: tuple[list[int | None], list[int | None]] = [], []
+    for step in range(300):
+        if draw.random() < 0.6:
+            tenant, priority = draw.choice(["few", "one", "two"]), draw.choice([0, 0, -3, 5])
+            names[wait(plain, tenant, priority)] = step
+            names[wait(mixed, tenant, priority, draw.choice([None, "cpu"]))] = step
+        elif running and draw.random() < 0.4:
+            one, other = running.pop(draw.randrange(len(running)))
+            assert plain.tasks.succeed(one, RESULT, "folder")
+            assert mixed.tasks.succeed(other, RESULT, "folder")
+        else:
+            claims = plain.tasks.claim("worker"), mixed.tasks.claim("worker")
+            for claim, told in zip(claims, taken, strict=True):
+                told.append(None if claim is None else names[claim.task.job])
+            if claims[0] and claims[1]:
+                running.append((claims[0], claims[1]))
+    assert sum(step is not None for step in taken[0]) > 40
+    assert taken[0] == taken[1]
+
+
+def test_each_lane_has_messages_for_the_workers_that_may_do_its_tasks(
+    store: JobStore, redis: Redis, redis_url: str
+) -> None:
+    devices: dict[str, Device] = {"one": "cpu", "two": "cpu", "three": "cuda"}
+    for name, device in devices.items():
+        store.workers.beat(name, 60, device)
+    queue = TaskQueue(connect_for_rq(redis_url), "lanes", store)
+    for _ in range(4):
+        wait(store, "one", device="cuda")
+    assert queue.wake() == 1
+    for _ in range(4):
+        wait(store, "one")
+        wait(store, "one", device="cpu")
+    assert (queue.wake(), queue.wake()) == (5, 0)
+    assert [redis.llen(f"rq:queue:lanes{of}") for of in ("", "-cpu", "-cuda")] == [3, 2, 1]
+
+
+def test_workers_announce_their_device_and_a_lacking_one_is_said(store: JobStore) -> None:
+    assert store.workers.lacking_for(None) == "a worker; none is alive"
+    assert store.workers.lacking_for("cuda") == "a worker with the device cuda; none is alive"
+    store.workers.beat("one", 60, "cpu")
+    assert (store.workers.lacking_for(None), store.workers.lacking_for("cpu")) == (None, None)
+    assert store.workers.lacking_for("cuda") == "a worker with the device cuda; none has it"
+    store.workers.sign_off("one")
+    assert (store.workers.count("cpu"), store.workers.count()) == (0, 0)
+
+
+def test_a_job_that_waits_for_a_device_counts_against_its_tenants_limit(new_store: NewStore) -> None:
+    store = new_store(TenantLimits(Limits(queued_jobs=1), {}))
+    wait(store, "one", device="cuda")
+    with pytest.raises(QueueFull):
+        store.records.require_place("one")
+    with pytest.raises(QueueFull):
+        wait(store, "one")
 
 
 def test_a_claim_among_ten_thousand_costs_what_one_among_few_does_and_keeps_the_order(

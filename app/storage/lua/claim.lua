@@ -1,17 +1,18 @@
--- Starts an attempt at the task that is next. Returns the task's id and the attempt's number; false when none may start.
+-- Starts an attempt at the task that is next among those that a worker of `device` may do. Returns the task's id and the
+-- attempt's number; false when none may start.
 -- `limits` has the most running tasks of a tenant, and of any other under '*'; 0 is no limit. Of a job's shards, one of the
 -- checkpoint that the worker `holds` is next.
 local claim = KEYS[6]
-local lease_ms, worker, progress, limits, remembered_s, holds = unpack(ARGV, 2)
+local lease_ms, worker, progress, limits, remembered_s, holds, device = unpack(ARGV, 2)
 local before = redis.call('GET', claim)
 if before then return before end  -- the answer to this claim got lost
 limits = cjson.decode(limits)
 
 -- Returns the shard to take among those of one job that wait first: one of the held checkpoint, or else the last of them, so
 -- that workers which hold others begin at different checkpoints.
-local function best_shard(tenant, first)
+local function best_shard(waiting, first)
   local chosen = first
-  for _, id in ipairs(redis.call('ZRANGE', WAITING .. tenant, 0, SHARDS_SEEN - 1)) do
+  for _, id in ipairs(redis.call('ZRANGE', waiting, 0, SHARDS_SEEN - 1)) do
     if job_of(id) ~= job_of(first) or not is_shard(id) then break end
     chosen = id
     if redis.call('HGET', TASK .. id, 'holds') == holds then break end
@@ -35,19 +36,40 @@ local function begin(task, number)
   })
 end
 
+-- Returns whether a list of numbers and names comes before another, by the first place in which they differ.
+local function is_before(one, other)
+  for i = 1, #one do
+    if one[i] ~= other[i] then return one[i] < other[i] end
+  end
+  return false
+end
+
+-- Returns the tenant that is first in an order, its task that is next, and the set in which this waits.
+local function next_in(order)
+  local best, waiting
+  for _, lane in ipairs({'any', device}) do
+    local tenant, place = unpack(redis.call('ZRANGE', order[lane], 0, 0, 'WITHSCORES'))
+    if tenant then
+      local task_id, priority = unpack(redis.call('ZRANGE', WAITING[lane] .. tenant, 0, 0, 'WITHSCORES'))
+      local found = {tonumber(place), tenant, tonumber(priority or 0), task_id or ''}
+      if not best or is_before(found, best) then best, waiting = found, WAITING[lane] .. tenant end
+    end
+  end
+  if best then return best[2], best[4], waiting end
+end
+
 local start = 1 + (redis.call('ZREVRANGE', TENANTS, 0, 0, 'WITHSCORES')[2] or 0)
 local order = start % TURN_EVERY == 0 and TURNS or RANKS
 while true do
-  local tenant = redis.call('ZRANGE', order, 0, 0)[1]
+  local tenant, task_id, waiting = next_in(order)
   if not tenant then return false end
   local most = limits[tenant] or limits['*']
-  local task_id = redis.call('ZRANGE', WAITING .. tenant, 0, 0)[1]
   if most > 0 and redis.call('ZCARD', RUNNING .. tenant) >= most then
     withhold(tenant)  -- it has its turn again when one of its tasks ends
-  elseif not task_id then
-    withhold(tenant)
+  elseif task_id == '' then
+    take_turn(tenant)
   else
-    if is_shard(task_id) then task_id = best_shard(tenant, task_id) end
+    if is_shard(task_id) then task_id = best_shard(waiting, task_id) end
     local task = work_on(task_id)
     local is_wanted = has(',queued,running,', redis.call('HGET', job, 'status'))
     if is_wanted and redis.call('HGET', task, 'state') == 'queued' and not is_overdue(main_of(task_id)) then
@@ -63,7 +85,7 @@ while true do
       return claimed
     end
     -- A task past its deadline is ended by `time_out`. Any other was moved by a process of the last release.
-    redis.call('ZREM', WAITING .. tenant, task_id)
+    redis.call('ZREM', waiting, task_id)
     take_turn(tenant)
   end
 end

@@ -1,10 +1,13 @@
 -- Begins every script, after the prelude. It keeps the queue: which tasks wait, whose turn it is, and how many bytes the
 -- jobs of waiting and running tasks are going to write.
 --
--- A tenant's waiting tasks are a sorted set of its own. Its scores are priorities, negated; equal scores are ordered by the
+-- There is a lane for each device that a job may ask for, and one for jobs that take any. A worker takes from the lane of
+-- its own device and from that one.
+--
+-- In each lane a tenant's waiting tasks are a sorted set of its own. Its scores are priorities, negated; equal scores are ordered by the
 -- tasks' ids, which begin with the time that the job was made at. Tenants with waiting tasks are in two sorted sets: TURNS
 -- orders them by the number of their running tasks, then by how long ago one was started; RANKS by the priority of their
--- first task before that. So the next task is found by two reads, however many wait.
+-- first task before that. So the next task of a lane is found by two reads, however many wait.
 --
 -- A score has 53 bits: 5 for the priority, 12 for running tasks, 36 for the number of the start.
 
@@ -25,18 +28,32 @@ local function work_on(task_id)
   return TASK .. task_id
 end
 
+local function lane_of_job() return redis.call('HGET', job, 'device') or 'any' end
+
 local function withhold(tenant)
-  redis.call('ZREM', TURNS, tenant)
-  redis.call('ZREM', RANKS, tenant)
+  for _, lane in ipairs(LANES) do
+    redis.call('ZREM', TURNS[lane], tenant)
+    redis.call('ZREM', RANKS[lane], tenant)
+  end
 end
 
 local function take_turn(tenant)
-  local first = redis.call('ZRANGE', WAITING .. tenant, 0, 0, 'WITHSCORES')
-  if not first[1] then return withhold(tenant) end
+  withhold(tenant)
   local running = math.min(redis.call('ZCARD', RUNNING .. tenant), MOST_COUNTED)
   local turn = running * 2 ^ 36 + (redis.call('ZSCORE', TENANTS, tenant) or 0)
-  redis.call('ZADD', TURNS, turn, tenant)
-  redis.call('ZADD', RANKS, (HIGHEST_PRIORITY + first[2]) * 2 ^ 48 + turn, tenant)
+  for _, lane in ipairs(LANES) do
+    local first = redis.call('ZRANGE', WAITING[lane] .. tenant, 0, 0, 'WITHSCORES')
+    if first[1] then
+      redis.call('ZADD', TURNS[lane], turn, tenant)
+      redis.call('ZADD', RANKS[lane], (HIGHEST_PRIORITY + first[2]) * 2 ^ 48 + turn, tenant)
+    end
+  end
+end
+
+local function count_waiting(tenant)
+  local waiting = 0
+  for _, lane in ipairs(LANES) do waiting = waiting + redis.call('ZCARD', WAITING[lane] .. tenant) end
+  return waiting
 end
 
 local function is_active(state) return state == 'queued' or state == 'running' or state == 'split' end
@@ -58,11 +75,12 @@ local function move(task, task_id, state)
     redis.call('HINCRBY', RESERVED, tenant, was_active and -bytes or bytes)
   end
   redis.call('HSET', task, 'state', state)
-  redis.call('ZREM', WAITING .. tenant, task_id)
+  local waiting = WAITING[lane_of_job()] .. tenant
+  redis.call('ZREM', waiting, task_id)
   redis.call('ZREM', RUNNING .. tenant, task_id)
   if state == 'queued' then
     redis.call('ZADD', TENANTS, 'NX', 0, tenant)
-    redis.call('ZADD', WAITING .. tenant, -(redis.call('HGET', job, 'priority') or 0), task_id)
+    redis.call('ZADD', waiting, -(redis.call('HGET', job, 'priority') or 0), task_id)
   elseif state == 'running' then
     redis.call('ZADD', RUNNING .. tenant, now, task_id)
   end
@@ -129,7 +147,7 @@ end
 -- and how many there are already; nil if nothing does. A limit of '' is none; `beside` are stored bytes that are counted
 -- elsewhere.
 local function refusal(tenant, bytes, most_waiting, most_stored, beside, room)
-  local waiting = redis.call('ZCARD', WAITING .. tenant) - (redis.call('HGET', SHARDS, tenant) or 0)
+  local waiting = count_waiting(tenant) - (redis.call('HGET', SHARDS, tenant) or 0)
   if most_waiting ~= '' and waiting >= tonumber(most_waiting) then return {'queue', waiting} end
   local used = (redis.call('HGET', RESERVED, tenant) or 0) + (redis.call('HGET', STORED, tenant) or 0) + beside
   if most_stored ~= '' and bytes > 0 and used + bytes > tonumber(most_stored) then return {'storage', used} end

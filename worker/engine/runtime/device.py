@@ -20,6 +20,15 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def chosen_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Return the device of a worker. Raises ValueError for a GPU that PyTorch does not see."""
+    if name == "auto":
+        return best_device()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("MASKMERGE_DEVICE is cuda, and PyTorch sees no CUDA GPU; set it to cpu or auto")
+    return torch.device(name)
+
+
 def resolve_precision(asked: Literal["auto", "float32", "bfloat16"], device: torch.device) -> Precision:
     """Resolve `auto`: bfloat16 where the device multiplies such matrices in hardware, else float32."""
     if asked != "auto":
