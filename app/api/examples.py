@@ -142,6 +142,7 @@ def _record(status: Status, result: MergeResult | None) -> Record:
         key=None,
         kind=JobKind.MERGE,
         name="topics + sentiment",
+        method="mask_fisher",
         status=status,
         priority=0,
         attempt=0 if is_new else 1,

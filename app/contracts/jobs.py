@@ -157,6 +157,9 @@ class JobCore(BaseModel):
     """What the job makes."""
     name: str
     """Title for people."""
+    method: str | None = None
+    """Name of the method that was asked for; null for jobs of releases that did not keep it. What `auto` chose is in
+    the result."""
     status: Status
     """State of the job; the last three are final."""
     priority: int
@@ -218,6 +221,7 @@ class RecordCore(BaseModel):
     key: str | None
     kind: JobKind
     name: str
+    method: str | None = None
     status: Status
     priority: int
     attempt: int
@@ -239,6 +243,7 @@ class RecordCore(BaseModel):
             "id": self.id,
             "kind": self.kind,
             "name": self.name,
+            "method": self.method,
             "status": self.status,
             "priority": self.priority,
             "attempt": self.attempt,

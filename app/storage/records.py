@@ -69,6 +69,11 @@ class NewJob:
     device: Device | None = None
     """Device of the workers that may do the job; None: any."""
 
+    @property
+    def method(self) -> str | None:
+        """Name of the method that the request asks for."""
+        return self.request.get("method", {}).get("name")
+
 
 @dataclass(frozen=True)
 class Idempotency:
@@ -139,6 +144,7 @@ class Records:
             "tenant": job.tenant,
             "kind": job.kind,
             "name": job.name,
+            **({"method": job.method} if job.method else {}),
             "priority": job.priority,
             "bytes_to_write": job.bytes_to_write,
             "attempt": 0,
@@ -380,6 +386,7 @@ class Records:
             "tenant": fields.get("tenant", DEFAULT_TENANT),
             "kind": _kind(fields),
             "name": fields["name"],
+            "method": fields.get("method"),  # records of the last release have none
             "status": Status(fields["status"]),
             "priority": int(fields.get("priority", 0)),  # records of the last release have none
             "attempt": int(fields["attempt"]),

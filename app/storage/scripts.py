@@ -34,7 +34,8 @@ TURN_EVERY = 4  # every fourth start goes by turns alone, so that priorities del
 SHARDS_SEEN = 64  # waiting shards among which a worker looks for one of the checkpoint that it holds
 DELIVERIES_KEPT = 100  # a job's newest deliveries to its webhook, 300 kB; those that wait are dropped last
 SUMMARY_FIELDS = (
-    "tenant", "key", "kind", "name", "status", "priority", "attempt", "created_ms", "started_ms", "finished_ms",
+    "tenant", "key", "kind", "name", "method", "status", "priority", "attempt", "created_ms", "started_ms",
+    "finished_ms",
     "progress", "error", "labels", "summary", "result",
 )  # fmt: skip
 

@@ -150,6 +150,7 @@ def test_a_key_that_may_only_read_neither_changes_nor_lists_what_recipes_may_nam
 ) -> None:
     own = job_of(redis, "default")
     signed_in("default", Scope.READ)
+    assert '<td class="wide-only">average</td>' in api.get("/").text, "the method of a job that waits"
     shown = api.get(f"/dashboard/jobs/{own}").text
     assert "Cancel" not in shown
     assert "/dashboard/new" not in shown
