@@ -72,7 +72,7 @@ def test_the_result_has_every_field_of_the_contract(job: dict[str, Any]) -> None
     assert result["timings"]["score_seconds"] > 0
     assert result["peak_memory_bytes"] > 100_000_000
     assert job["progress"] == {
-        "phase": "done", "done": 1, "total": 1, "unit": "jobs", "fraction": 1.0, "eta_seconds": 0.0,
+        "phase": "done", "done": 1, "total": 1, "unit": "jobs", "fraction": 1.0, "eta_seconds": 0.0, "models": {},
     }  # fmt: skip
 
 

@@ -105,11 +105,11 @@ data: {"code":"attempt_started","attempt":1,"message":"attempt 1 starts on worke
 id: 3
 
 event: progress
-data: {"phase":"loading","done":0,"total":0,"unit":"","fraction":0.0,"eta_seconds":null}
+data: {"phase":"loading","done":0,"total":0,"unit":"","fraction":0.0,"eta_seconds":null,"models":{}}
 id: 4
 
 event: progress
-data: {"phase":"scoring","done":1,"total":4096,"unit":"examples","fraction":0.5,"eta_seconds":1.5}
+data: {"phase":"scoring","done":1,"total":4096,"unit":"examples","fraction":0.5,"eta_seconds":1.5,"models":{}}
 id: 5
 
 event: status
