@@ -72,7 +72,8 @@ class NewJob:
     @property
     def method(self) -> str | None:
         """Name of the method that the request asks for."""
-        return self.request.get("method", {}).get("name")
+        name: str | None = self.request.get("method", {}).get("name")
+        return name
 
 
 @dataclass(frozen=True)
