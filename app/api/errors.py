@@ -15,8 +15,9 @@ from app.api.yaml_body import as_sent
 from app.contracts.errors import MEDIA_TYPE, FieldError, Problem, ProblemBody, ProblemError
 from app.contracts.suitability import MOST_ERRORS
 from app.observability.context import request_id
-from app.services.bodies import field_of, message_of
+from app.services.bodies import field_of
 from worker.engine.catalog.primitives.paths import without_paths
+from worker.engine.catalog.primitives.words import message_of
 
 BY_STATUS = {problem.status: problem for problem in reversed(Problem)}  # the first of a status is its plain one
 

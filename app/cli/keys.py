@@ -197,6 +197,7 @@ def _asked(name: str, tenant: str, scopes: list[str] | None, expires: str | None
     from pydantic import ValidationError
 
     from app.contracts.api_keys import NewKey
+    from worker.engine.catalog.primitives.words import message_of
 
     expires_at = None
     if expires is not None:
@@ -206,7 +207,8 @@ def _asked(name: str, tenant: str, scopes: list[str] | None, expires: str | None
         return NewKey.model_validate({**given, **({"scopes": scopes} if scopes else {})})
     except ValidationError as error:
         first = error.errors()[0]
-        raise typer.BadParameter(first["msg"], param_hint=f"--{first['loc'][0]}".replace("scopes", "scope")) from error
+        option = f"--{first['loc'][0]}".replace("scopes", "scope")
+        raise typer.BadParameter(message_of(first), param_hint=option) from error
 
 
 def _seconds(text: str, option: str) -> int:

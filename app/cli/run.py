@@ -187,7 +187,8 @@ def _request(body: "Body") -> "MergeRequest":
 
     from app.contracts.requests import MergeRequest
     from app.contracts.suitability import MOST_ERRORS
-    from app.services.bodies import field_of, field_there, message_of
+    from app.services.bodies import field_of, field_there
+    from worker.engine.catalog.primitives.words import message_of
 
     try:
         request = MergeRequest.model_validate(body.content)

@@ -110,11 +110,13 @@ def configured(process: str = "command", **given: Any) -> "Settings":
 
     from app.contracts.settings import Settings
     from app.observability.logs import configure
+    from worker.engine.catalog.primitives.words import message_of
 
     try:
         found = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        names = [(str(problem["loc"][0]) if problem["loc"] else "", problem["msg"]) for problem in error.errors()]
+        problems = error.errors(include_input=False)  # which may be a secret
+        names = [(str(one["loc"][0]) if one["loc"] else "", message_of(one)) for one in problems]
         text = "\nmaskmerge: ".join(f"MASKMERGE_{name.upper()}: {message}" for name, message in names)
         raise Stop(text, Exit.USAGE) from error
     configure(found.log_level, found.log_format, process)

@@ -13,6 +13,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from app.contracts.errors import FieldError
+from worker.engine.catalog.primitives.words import message_of
 
 REQUEST_ID = "X-Request-ID"
 OF_PROXIES = (502, 503, 504)
@@ -120,7 +121,7 @@ def unknown_answer(response: httpx.Response, error: ValidationError) -> NoServic
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(map(str, first["loc"]))
     return NoService(
-        f"{_address(response.url)} gives an answer that this client does not know ({where}: {first['msg']}); "
+        f"{_address(response.url)} gives an answer that this client does not know ({where}: {message_of(first)}); "
         "install the client of the service's version"
     )
 

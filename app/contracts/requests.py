@@ -215,7 +215,7 @@ class MergeRequest(JobRequest[ModelRequest]):
         named, names = self.output.config_from, [model.name for model in self.models]
         known = [*names, *(["base"] if self.base is not None else [])]
         if named is not None and named not in known:
-            why = f"is no model's name{did_you_mean(named, known)}; known are {', '.join(known)}"
+            why = f"is no model's name{did_you_mean(named, known)}"
             refuse(type(self), [problem(("output", "config_from"), why, named)])
         return self
 

@@ -203,7 +203,7 @@ def check_slices(method: BaseParameters, request: "MergeRequest") -> None:
     models = [model.name for model in request.models]
     used = {part.model for part in method.stacked_slices}
     for name in sorted(used - set(models)):
-        raise ValueError(f"a slice is of model '{name}'{did_you_mean(name, models)}; models are {', '.join(models)}")
+        raise ValueError(f"a slice is of model '{name}'{did_you_mean(name, models)}")
     for model in request.models:
         if model.name not in used:
             raise ValueError(f"no slice is of model '{model.name}'; leave the model out")

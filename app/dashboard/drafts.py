@@ -13,11 +13,12 @@ from app.contracts.errors import FieldError, ProblemError
 from app.contracts.plans import Plan
 from app.contracts.requests import MergeRequest
 from app.dashboard.methods import NAMES, method_form
-from app.services.bodies import field_of, field_there, message_of
+from app.services.bodies import field_of, field_there
 from app.services.composition import Services
 from app.services.json_text import NotJson, parse_json
 from app.services.previews import Preview, RowsAsked
 from worker.engine.catalog.primitives.paths import without_paths
+from worker.engine.catalog.primitives.words import message_of
 
 MOST_MODELS = 16  # models of the form; a recipe that is written as text may have more
 MODEL_FIELD = re.compile(r"models\.(\d{1,2})\.")

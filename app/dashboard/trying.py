@@ -12,7 +12,7 @@ from app.contracts.predictions import MOST_ROWS, PredictionRequest
 from app.dashboard.drafts import problems_of
 from app.dashboard.pages import page
 from app.dashboard.route import DashboardRoute, form_of
-from app.services.bodies import message_of
+from worker.engine.catalog.primitives.words import message_of
 
 router = APIRouter(route_class=DashboardRoute, include_in_schema=False)
 

@@ -1,6 +1,5 @@
 """Reads bodies of requests: JSON or YAML, our own requests or recipes of mergekit."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +8,6 @@ from app.contracts.errors import FieldError, Problem, ProblemError
 from app.services.json_text import NotJson, parse_json
 from app.services.mergekit import MergekitError, fields_there, translated
 from app.services.yaml_text import NotYaml, parse_yaml
-
-OF_THE_LIBRARY = {
-    "Input should ": "must ",
-    "String should ": "must ",
-    "List should ": "must ",
-    "Dictionary should ": "must ",
-    "URL scheme should ": "has a scheme that must ",
-}
-"""Beginnings of the validation library's messages, and ours: they follow the name of the field."""
-LONGEST_QUOTED = 40
 
 
 @dataclass(frozen=True)
@@ -70,18 +59,3 @@ def field_of(location: Sequence[object]) -> str:
     if parts[:1] == ["method"] and "start" in parts[:-1]:
         parts.pop(parts.index("start") + 1)
     return ".".join(parts)
-
-
-def message_of(error: Mapping[str, Any]) -> str:
-    """Return what is wrong with a field, in words that follow its name, and with a value that is short."""
-    message: str = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return "is missing; give it"
-    for theirs, ours in OF_THE_LIBRARY.items():
-        if message.startswith(theirs):
-            value = error.get("input")
-            quoted = json.dumps(value, ensure_ascii=False) if isinstance(value, str | int | float | None) else ""
-            is_address = error["type"].startswith("url")  # which may have a password
-            of_value = f", not {quoted}" if 0 < len(quoted) <= LONGEST_QUOTED and not is_address else ""
-            return f"{ours}{message.removeprefix(theirs)}{of_value}"
-    return message

@@ -197,7 +197,7 @@ def test_another_server_and_no_server_are_told_apart() -> None:
         assert "is no maskmerge service: it answers 200, text/html" in str(both(lambda client: client.jobs(), url)[0])
     with Server(sends(200, job_body(status="resting"))) as server:
         [error, _] = both(lambda client: client.job(JOB_ID), server.url)
-        assert "(status: Input should be 'queued'" in str(error)
+        assert "(status: must be 'queued'" in str(error)
     with Server(sends(307, Location="http://127.0.0.1:1/jobs")) as server:
         assert [type(error) for error in both(lambda client: client.job(JOB_ID), server.url)] == [NoService] * 2
     for error in both(lambda client: client.job(JOB_ID), url, retries=1):

@@ -152,7 +152,7 @@ def test_where_nothing_answers_the_exit_status_is_its_own(capsys: pytest.Capture
         (["list", "--label", "x"], "write KEY=VALUE"),
         (["list", "--status", "done"], "write queued, running"),
         (["submit", "nothing.json"], "does not exist"),
-        (["keys", "create", "--scope", "all"], "Input should be 'read', 'write'"),
+        (["keys", "create", "--scope", "all"], "must be 'read', 'write'"),
     ],
 )
 def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:

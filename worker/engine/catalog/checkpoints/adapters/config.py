@@ -11,6 +11,7 @@ from worker.engine.catalog.checkpoints.files import ADAPTER_CONFIG
 from worker.engine.catalog.checkpoints.json_files import read_json
 from worker.engine.catalog.checkpoints.limits import MAX_CONFIG_BYTES
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
+from worker.engine.catalog.primitives.words import message_of
 
 Rank = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -41,7 +42,7 @@ def read_config(path: Path, source: str) -> AdapterConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:100] for part in first["loc"])
-        raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG}: {where}: {first['msg']}") from error
+        raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG}: {where}: {message_of(first)}") from error
     for key, value in (config.model_extra or {}).items():
         if value and key not in HARMLESS:
             raise InvalidCheckpoint(source, f"{ADAPTER_CONFIG} has {key[:100]}, which is not available; {MERGE_IT}")
