@@ -2,20 +2,32 @@
 
 import re
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from redis import Connection
 from redis.connection import parse_url
 from redis.credentials import CredentialProvider
+from redis.exceptions import RedisError
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 SENTINELS = re.compile(
     r"(?P<scheme>rediss?)\+sentinel://(?:(?P<who>[^@/?#]*)@)?(?P<hosts>[^@/?#]+)/(?P<service>[^/?#]+)(?P<rest>(?:/[0-9]*)?(?:\?.*)?)"
 )
 HOST = re.compile(r"(?P<name>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{1,5}))?")
+DATABASE = re.compile(r"/?[0-9]*/?")
+MOST_PORT = 65535
 SENTINEL_PORT = 26379
+TEXTS = {
+    "client_name", "encoding", "encoding_errors", "host", "lib_name", "lib_version", "password", "path", "ssl_ca_certs",
+    "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_ciphers", "ssl_keyfile", "ssl_password",
+    "username",
+}  # fmt: skip
+"""Options of redis-py whose values are texts. A text for any other is one that it cannot read, and fails much later."""
+OWN = "sentinel_"
+"""Beginning of the options of connections to Sentinel, rather than to the servers that it names."""
 FORM = "redis+sentinel://USER:PASSWORD@HOST:PORT,HOST:PORT/SERVICE"
 
 
@@ -60,9 +72,14 @@ class RedisAddress:
         if found is None:
             raise ValueError(f"MASKMERGE_REDIS_URL is no URL of Sentinel; write it as {FORM}")
         who = "" if found["who"] is None else f"{found['who']}@"
-        options = _parsed(f"{found['scheme']}://{who}service{found['rest']}")
-        own = {name.removeprefix("sentinel_"): options.pop(name) for name in [*options] if name.startswith("sentinel_")}
-        options, own = _checked(options), _checked(own)
+        place, _, query = found["rest"].partition("?")
+        pairs = parse_qsl(query)
+        of_sentinel = [(name.removeprefix(OWN), value) for name, value in pairs if name.startswith(OWN)]
+        others = [pair for pair in pairs if not pair[0].startswith(OWN)]
+        options = _checked(_parsed(f"{found['scheme']}://{who}service{place}?{urlencode(others)}"))
+        own = _checked(_parsed(f"{found['scheme']}://service?{urlencode(of_sentinel)}"), OWN)
+        del own["host"]
+        own.pop("connection_class", None)
         del options["host"]
         if options.pop("connection_class", None) is not None:
             options["ssl"] = True
@@ -73,10 +90,19 @@ class RedisAddress:
 def _parsed(url: str) -> dict[str, Any]:
     """Return what redis-py reads in a URL. Raises ValueError."""
     try:
-        _ = urlsplit(url).port
+        parts = urlsplit(url)
+        port = parts.port
     except ValueError:  # its message quotes the URL, where the port may be the beginning of a password
-        problem = "write all but letters and digits of user and password as %2F is written for /"
+        problem = (
+            f"ports end at {MOST_PORT}; write all but letters and digits of user and password as %2F is written for /"
+        )
         raise ValueError(f"MASKMERGE_REDIS_URL has no host and port that can be read; {problem}") from None
+    if port == 0:
+        raise ValueError("MASKMERGE_REDIS_URL has port 0, at which nothing can be reached; give that of Redis, 6379")
+    if parts.scheme != "unix" and not DATABASE.fullmatch(parts.path):  # redis-py would take database 0
+        raise ValueError(
+            "MASKMERGE_REDIS_URL has a path that is no number of a database; write it as redis://HOST:PORT/0"
+        )
     try:
         options: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
     except ValueError as error:
@@ -84,8 +110,12 @@ def _parsed(url: str) -> dict[str, Any]:
     return options
 
 
-def _checked(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options that redis-py has, with what reads the password's file in place of its name. Raises ValueError."""
+def _checked(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return options that redis-py has, with what reads the password's file in place of its name. Raises ValueError.
+
+    Args:
+        prefix: what the names of the options begin with in the URL.
+    """
     path = options.pop("password_file", None)
     if path is not None:
         if "password" in options:
@@ -97,7 +127,22 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     except TypeError as error:
         name = str(error).rpartition(" ")[2]  # it says that an unexpected argument came, and which
         raise ValueError(f"MASKMERGE_REDIS_URL has the option {name}, which redis-py does not have") from None
+    except (RedisError, ValueError) as error:
+        raise ValueError(f"MASKMERGE_REDIS_URL: {error}") from None
+    for name, value in options.items():
+        if isinstance(value, str) and name not in TEXTS:
+            raise ValueError(
+                f"MASKMERGE_REDIS_URL has the option {prefix}{name}, which a URL cannot give; leave it out"
+            )
+    _check_times(options, prefix)
     return options
+
+
+def _check_times(options: dict[str, Any], prefix: str) -> None:
+    for name in ("socket_timeout", "socket_connect_timeout", "timeout"):
+        seconds = options.get(name)
+        if seconds is not None and not 0 < seconds < inf:
+            raise ValueError(f"MASKMERGE_REDIS_URL has the option {prefix}{name}={seconds:g}; give seconds above 0")
 
 
 def _hosts(text: str) -> tuple[tuple[str, int], ...]:
@@ -107,5 +152,8 @@ def _hosts(text: str) -> tuple[tuple[str, int], ...]:
         found = HOST.fullmatch(part)
         if found is None:
             raise ValueError(f"server {place} of MASKMERGE_REDIS_URL is no HOST:PORT; write the URL as {FORM}")
-        hosts.append((found["name"].strip("[]"), int(found["port"] or SENTINEL_PORT)))
+        port = int(found["port"] or SENTINEL_PORT)
+        if not 0 < port <= MOST_PORT:
+            raise ValueError(f"server {place} of MASKMERGE_REDIS_URL has port {port}; ports are 1 to {MOST_PORT}")
+        hosts.append((found["name"].strip("[]"), port))
     return tuple(hosts)

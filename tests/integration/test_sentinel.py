@@ -269,6 +269,15 @@ def test_a_url_of_sentinel_has_all_parts() -> None:
         ("redis+sentinel://:hunter2@a/service?sentinel_no=1", "no"),
         ("redis://a?db=x", "db"),
         ("redis://a?sentinel_password=hunter2", "sentinel_password"),
+        ("redis+sentinel://:hunter2@a/service?sentinel_socket_timeout=x", "socket_timeout"),
+        ("redis+sentinel://a/service?sentinel_socket_timeout=-1", "sentinel_socket_timeout=-1"),
+        ("redis+sentinel://:hunter2@a:99999/service", "port 99999; ports are 1 to 65535"),
+        ("redis://:hunter2@a:99999", "ports end at 65535"),
+        ("redis://:hunter2@a:0", "port 0"),
+        ("rediss://:hunter2@a?ssl_cert_reqs=x", "SSL"),
+        ("redis://:hunter2@a/one", "no number of a database"),
+        ("redis://:hunter2@a?protocol=9", "protocol"),
+        ("redis://:hunter2@a?redis_connect_func=x", "redis_connect_func"),
     ],
 )
 def test_what_is_no_url_is_refused_without_its_secrets(url: str, says: str) -> None:
