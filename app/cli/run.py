@@ -57,7 +57,7 @@ def run(
         raise Stop(f"{recipe} holds no recipe, which is a mapping")
     roots = [*(local_root or [Path.cwd()]), Path("/")]
     with _interruptible() as interrupted, _beside(output) as data_dir:
-        settings = _settings(data_dir, roots)
+        settings = _settings(data_dir, roots, content.get("device"))
         content = recipes.related(content, list(settings.local_roots), follows_links=True)
         job, folder = _done(settings, content, sys.stderr if as_json else sys.stdout, interrupted)
         tell(job, sys.stderr if as_json else sys.stdout)
@@ -100,13 +100,16 @@ def _beside(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _settings(data_dir: Path, roots: list[Path]) -> "Settings":
+def _settings(data_dir: Path, roots: list[Path], device: Any) -> "Settings":
+    """Return the settings of a service for one job, whose worker has the device that the job asks for."""
     from app.cli.service import configured
+    from app.contracts.devices import DEVICES
 
     os.environ.setdefault("MASKMERGE_LOG_LEVEL", "WARNING")  # progress is shown, and what goes wrong
     separable = tuple(root.absolute() for root in roots if ":" not in str(root.absolute()))
     os.environ.pop("MASKMERGE_REDIS_URL", None)
-    return configured(data_dir=data_dir, local_roots=separable, artifact_store="folder", workers=1)
+    asked = {"device": device} if device in DEVICES else {}
+    return configured(data_dir=data_dir, local_roots=separable, artifact_store="folder", workers=1, **asked)
 
 
 def _done(settings: "Settings", content: dict[str, Any], out: Any, interrupted: Event) -> "tuple[Job, Path | None]":

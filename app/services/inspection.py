@@ -212,6 +212,10 @@ class InspectorDied(Exception):
     """The inspector ended before it took the request, so the request is not to blame."""
 
 
+class InspectorHangs(InspectorDied):
+    """The copy that waited does not take the request, so the inspector makes no other."""
+
+
 class Inspectors:
     """Asks copies of the inspector. Only the event loop's thread may use it: they die with it (`die_with_parent`)."""
 
@@ -308,7 +312,16 @@ class Inspectors:
     @asynccontextmanager
     async def _inputs(self, tenant: str, jobs: Mapping[str, Outcome | Gone]) -> AsyncIterator[dict[str, Any]]:
         """Yield the fields of `Inputs`. The scratch folder is removed soon after the end."""
-        scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
+        try:
+            scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
+        except FileNotFoundError:  # whatever tidies up temporary files has removed it
+            if self._scratch is not None:
+                self._scratch.remove()
+                self._scratch = None
+            self.start()
+            async with self._inputs(tenant, jobs) as inputs:
+                yield inputs
+            return
         try:
             yield {
                 "local_roots": roots_of(self._local_roots, tenant),
@@ -379,8 +392,10 @@ class Inspectors:
             conversation = _Conversation(reader, writer, self._limits.seconds, place)
             try:
                 return await conversation.hold(question)
-            except InspectorDied:
-                logger.warning("the inspector ended and is started again")
+            except InspectorDied as error:
+                logger.warning("the inspector ended or hangs, and is started again")
+                if isinstance(error, InspectorHangs):
+                    self._end()
             finally:
                 conversation.end()
         detail = "nothing can be inspected now, since processes of this service are being ended"
@@ -420,7 +435,10 @@ class _Conversation:
     """Descriptor of the process, so that no other process with the same number is ended."""
 
     async def hold(self, question: Question) -> Allowed | Read | Seen | Sound:
-        began = await self._next(START_S)
+        try:
+            began = await self._next(START_S)
+        except TimeoutError:
+            raise InspectorHangs from None
         if not isinstance(began, Began):
             raise InspectorDied
         try:

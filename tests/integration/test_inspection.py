@@ -265,3 +265,35 @@ def test_the_password_of_redis_is_not_told_the_inspector(
             assert "secret-word" not in repr((told.cmdline(), told.environ()))
 
     run(test)
+
+
+def test_a_waiting_copy_that_hangs_is_replaced_with_its_inspector(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with inspecting(inputs, tmp_path) as inspectors:
+            await check(inspectors, "a", "b")  # it is loaded by then
+            monkeypatch.setattr("app.services.inspection.START_S", 1.0)
+            (await copy_of(inspectors)).suspend()
+            asked = asyncio.create_task(check(inspectors, "a", "b"))
+            await asyncio.sleep(1.5)
+            monkeypatch.setattr("app.services.inspection.START_S", HANGS_S)  # the next inspector loads
+            await asked
+
+    run(test)
+
+
+def test_a_scratch_folder_that_was_tidied_away_is_made_again(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with inspecting(inputs, tmp_path / "data") as inspectors:
+            [scratch] = (tmp_path / "scratch").iterdir()
+            shutil.rmtree(scratch)
+            await check(inspectors, "a", "b")
+            await check(inspectors, "a", "b")
+        assert not list((tmp_path / "scratch").iterdir())
+
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    run(test)
