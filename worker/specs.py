@@ -44,7 +44,13 @@ class Inputs:
 
     def checkpoint(self, reference: str) -> dict[str, object]:
         found = self.fetch(reference, "checkpoint", self.record.inputs.get(reference))
-        return {"source": reference, **_where(found), "state": found.state, "license": found.license}
+        return {
+            "source": reference,
+            **_where(found),
+            "state": found.state,
+            "license": found.license,
+            "sha256": found.sha256,
+        }
 
     def _statistics(self, reference: str) -> dict[str, object]:
         return {"source": reference, **_where(self.fetch(reference, "statistics", self.record.inputs.get(reference)))}
@@ -154,7 +160,7 @@ def prediction_spec(
             "output": request.output.model_dump(include=set(OutputSpec.model_fields)),
             **request.model_dump(include={"slices"}),
             "model": asked.model,
-            "merged": {"source": "the merge", **_where(merged)},
+            "merged": {"source": "the merge", **_where(merged), "sha256": merged.sha256},
             "rows": asked.rows,
             "new_tokens": asked.max_new_tokens,
         }

@@ -60,6 +60,22 @@ def test_a_base_may_be_of_an_earlier_merge_and_its_models_are_measured(service: 
     assert again["result"]["models"][0]["digest"] == job["result"]["models"][0]["digest"]
 
 
+def test_bytes_that_changed_since_they_were_written_are_not_used(service: Service) -> None:
+    """On a disk that lost some, or by hand: a file has its length, and another content than its job wrote."""
+    job = service.finished(service.submit(averages("local:checkpoints/a", "local:checkpoints/b")))
+    *_, weights = sorted((artifact(service, job) / "models" / "a").glob("*.safetensors"))  # the head's, which is its own
+    with weights.open("r+b") as stream:
+        stream.seek(-1, 2)
+        last = stream.read(1)[0]
+        stream.seek(-1, 2)
+        stream.write(bytes([last ^ 1]))
+    failed = service.finished(service.submit(averages(f"job:{job['id']}/a", "local:checkpoints/c")))
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "invalid_checkpoint")
+    assert f"job:{job['id']}/a: {weights.name} is damaged" in failed["error"]["message"]
+    other = service.finished(service.submit(averages(f"job:{job['id']}/b", "local:checkpoints/c")))
+    assert other["status"] == "succeeded", other["error"]
+
+
 def test_what_no_job_has_made_is_refused_at_the_door(service: Service, first: dict[str, Any]) -> None:
     refused = {
         f"job:{UNKNOWN}/a": f"there is no job {UNKNOWN}",

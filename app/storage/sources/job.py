@@ -13,7 +13,7 @@ from app.storage.inputs import OnBytes, RootedPath
 from app.storage.objects.errors import StorageAway
 from app.storage.sources.source import FetchedInput, InputKind, Source, SourceContext, StorageUnavailable
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
-from worker.engine.catalog.checkpoints.licences import joined_licence
+from worker.engine.catalog.checkpoints.licences import CARD, joined_licence
 from worker.engine.catalog.contracts.report import MANIFEST
 
 IS_REMOTE = False
@@ -72,7 +72,8 @@ class JobSource:
         try:
             with _intact(reference):
                 artifact, model = self._artifact(reference)
-                return FetchedInput(artifact.fetch(model, on_bytes, self._held), license=_licence(artifact))
+                place = artifact.fetch(model, on_bytes, self._held)
+                return FetchedInput(place, license=_licence(artifact), sha256=_digests(artifact, model))
         except ReferenceError as error:
             job, _ = _parsed(reference)
             if isinstance(self._outcome(job), Outcome):
@@ -99,6 +100,15 @@ class JobSource:
             there = f"there are {', '.join(artifact.models)}" if artifact.models else "it made none"
             raise ReferenceError(f"'{reference}': job {name} has no model {model}; {there}")
         return artifact, model
+
+
+def _digests(artifact: Artifact, model: str) -> dict[str, str]:
+    """Return the digests of a model's files, by their names. Its card is left out: it is read by people alone."""
+    for folder in (f"models/{model}/", "model/"):
+        found = {file.name.removeprefix(folder): file.sha256 for file in artifact.files if file.name.startswith(folder)}
+        if found:
+            return {name: digest for name, digest in found.items() if name != CARD}
+    return {}
 
 
 def _licence(artifact: Artifact) -> str | None:

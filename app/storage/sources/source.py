@@ -1,6 +1,6 @@
 """The interface of every source of inputs, whichever scheme its references have."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,8 @@ class FetchedInput:
     """State that `checkpoint_state` must find at the place; None where nothing ever changes."""
     license: str | None = None
     """Licence of a model that an earlier job made, which has no card of its own."""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    """Digests with which an earlier job wrote the model's files, by their names."""
 
 
 class Source(Protocol):

@@ -4,7 +4,8 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -129,6 +130,15 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of an earlier job's model, with the sha256, in hexadecimal, that it was written with."""
+
+    source: str
+    name: str
+    sha256: str
+
+
 class Digests:
     """Computes the sha256 of files, in hexadecimal, once for each file until its size or times change."""
 
@@ -158,6 +168,20 @@ class Digests:
             return f"sha256:{_joined(digests)}"
 
         return [of(info) for info in infos]
+
+    def check_written(self, files: Mapping[Path, WrittenFile], threads: int) -> None:
+        """Check that files are what an earlier job wrote. Raises InvalidCheckpoint, which names the file."""
+
+        def check(path: Path) -> None:
+            file = files[path]
+            if self._of_file(path) != file.sha256:
+                raise InvalidCheckpoint(
+                    file.source,
+                    f"{file.name} is damaged: its bytes are not those that the job wrote; run that job again, or "
+                    "restore its artifact from a backup",
+                )
+
+        in_threads(check, sorted(files), threads, lambda: None)
 
     def of_files(self, paths: Collection[Path], threads: int) -> str:
         """Return `sha256:` of a file; of several files, over their names and digests."""

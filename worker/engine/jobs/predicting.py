@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from worker.engine.catalog.checkpoints.info import CheckpointInfo
 from worker.engine.catalog.contracts.prediction import Answer, Prediction, PredictionSpec, RowPrediction
 from worker.engine.catalog.contracts.spec import EvaluationSpec
@@ -60,6 +62,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
     # Nothing is measured, whatever the job measured.
     needs = spec.model_copy(update={"method": AVERAGE.parameters()})
     require_memory_of_job(plan, needs, context, longest_row=1)
+    context.lasting.digests.check_written(inputs.written, torch.get_num_threads())
     expert = context.models.get(info)
     evaluation = _evaluation(spec, task)
     require_memory_of_job(

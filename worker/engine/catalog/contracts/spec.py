@@ -46,6 +46,8 @@ class CheckpointSpec(Strict):
     """Folder under which the checkpoint's files must lie, after following links; None for any."""
     license: str | None = None
     """Licence of a model that an earlier job made; None where the checkpoint's own card states it."""
+    sha256: dict[str, str] = Field(default_factory=dict)
+    """Digests, in hexadecimal, that files must have, by their names; those with which an earlier job wrote them."""
 
     def licence(self, info: CheckpointInfo) -> str | None:
         """Return the licence of the checkpoint; None where none is stated."""
