@@ -78,8 +78,12 @@ class PhaseName(StrEnum):
 class ModelProgress(BaseModel):
     """The part of a step's units that is one model's."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     done: int
+    """Number of the model's units that are done."""
     total: int
+    """Number of the model's units."""
 
 
 class Progress(BaseModel):

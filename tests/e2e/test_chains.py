@@ -63,7 +63,9 @@ def test_a_base_may_be_of_an_earlier_merge_and_its_models_are_measured(service: 
 def test_bytes_that_changed_since_they_were_written_are_not_used(service: Service) -> None:
     """On a disk that lost some, or by hand: a file has its length, and another content than its job wrote."""
     job = service.finished(service.submit(averages("local:checkpoints/a", "local:checkpoints/b")))
-    *_, weights = sorted((artifact(service, job) / "models" / "a").glob("*.safetensors"))  # the head's, which is its own
+    *_, weights = sorted(
+        (artifact(service, job) / "models" / "a").glob("*.safetensors")
+    )  # the head's, which is its own
     with weights.open("r+b") as stream:
         stream.seek(-1, 2)
         last = stream.read(1)[0]
