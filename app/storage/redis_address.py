@@ -66,6 +66,8 @@ class RedisAddress:
         scheme = url.partition("://")[0]
         if scheme not in SCHEMES:
             raise ValueError(f"MASKMERGE_REDIS_URL begins with none of {', '.join(f'{name}://' for name in SCHEMES)}")
+        if "#" in url:  # a URL ends there for redis-py, which would take a part of a password for the port
+            raise ValueError("MASKMERGE_REDIS_URL has a #; write it as %23, in user and password too")
         if not scheme.endswith("+sentinel"):
             return cls(_checked(_parsed(url)))
         found = SENTINELS.fullmatch(url)

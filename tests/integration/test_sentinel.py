@@ -273,6 +273,7 @@ def test_a_url_of_sentinel_has_all_parts() -> None:
         ("redis+sentinel://a/service?sentinel_socket_timeout=-1", "sentinel_socket_timeout=-1"),
         ("redis+sentinel://:hunter2@a:99999/service", "port 99999; ports are 1 to 65535"),
         ("redis://:hunter2@a:99999", "ports end at 65535"),
+        ("redis://:123#hunter2@a:6379/0", "has a #; write it as %23"),
         ("redis://:hunter2@a:0", "port 0"),
         ("rediss://:hunter2@a?ssl_cert_reqs=x", "SSL"),
         ("redis://:hunter2@a/one", "no number of a database"),
