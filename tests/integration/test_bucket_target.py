@@ -11,7 +11,7 @@ import pytest
 from app.contracts.settings import Settings
 from app.storage.objects.bucket import Patience
 from tests.conftest import free_port
-from tests.object_storage.server import KEYS, ObjectServer, moto
+from tests.object_storage.server import KEYS, ObjectServer, moto, set_keys
 from worker.engine.catalog.contracts.publication import Publication
 from worker.publisher import published
 from worker.publishing import Order
@@ -28,8 +28,7 @@ def server() -> Iterator[ObjectServer]:
 
 @pytest.fixture
 def settings(server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
+    set_keys(monkeypatch)
     monkeypatch.setattr("app.storage.targets.s3.AT_WORK", Patience(request_s=2, retries=1, total_s=2))
     monkeypatch.setattr("worker.publisher.PAUSES_S", ())
     return {"publish_targets": ("s3:models/{tenant}/*", "s3:nowhere/*"), "s3_endpoint": server.url}

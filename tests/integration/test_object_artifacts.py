@@ -23,7 +23,7 @@ from app.storage.files import Damaged
 from app.storage.objects.bucket import Patience
 from app.storage.objects.errors import StorageAway
 from tests.conftest import wait_until
-from tests.object_storage.server import KEYS, ObjectServer, moto, s3rver
+from tests.object_storage.server import PROGRAMS, ObjectServer, set_keys
 from tests.tiny import tiny_checkpoint
 
 JOB = "1" * 28
@@ -35,17 +35,16 @@ class Stopped(Exception):
     pass
 
 
-@pytest.fixture(scope="module", params=["moto", "s3rver"])
+@pytest.fixture(scope="module", params=PROGRAMS)
 def server(request: pytest.FixtureRequest) -> Iterator[ObjectServer]:
-    with moto() if request.param == "moto" else s3rver() as server:
+    with PROGRAMS[request.param]() as server:
         server.make("artifacts")
         yield server
 
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
+    set_keys(monkeypatch)
 
 
 def attempt(number: int = 1) -> Attempt:

@@ -16,7 +16,7 @@ from app.storage.objects.bucket import Patience
 from app.storage.objects.errors import StorageAway
 from app.storage.statistics import KeptStatistics, common_statistics, sweep_statistics
 from app.storage.tenants import statistics_of, statistics_of_others
-from tests.object_storage.server import KEYS, ObjectServer, moto, s3rver
+from tests.object_storage.server import PROGRAMS, ObjectServer, set_keys
 from worker.engine.catalog.contracts.statistics import NODE_SUMS, Facts, Origin, Tokens
 from worker.engine.catalog.methods import GRAM
 from worker.engine.catalog.primitives.errors import StorageError
@@ -29,17 +29,16 @@ PARTS = [{"layers.0.heads": torch.rand(1 << 10, generator=torch.manual_seed(3))}
 KEPT_IN = Location("statistics", "own")
 
 
-@pytest.fixture(scope="module", params=["moto", "s3rver"])
+@pytest.fixture(scope="module", params=PROGRAMS)
 def server(request: pytest.FixtureRequest) -> Iterator[ObjectServer]:
-    with moto() if request.param == "moto" else s3rver() as server:
+    with PROGRAMS[request.param]() as server:
         server.make("statistics")
         yield server
 
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
+    set_keys(monkeypatch)
 
 
 @dataclass

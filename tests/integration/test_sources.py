@@ -26,7 +26,7 @@ from app.storage.searches import SearchFolder
 from app.storage.sources import Sources, is_remote
 from app.storage.sources.source import SourceContext
 from tests.conftest import wait_until
-from tests.object_storage.server import KEYS, ObjectServer, moto
+from tests.object_storage.server import KEYS, ObjectServer, moto, set_keys
 from tests.tiny import read_model
 from worker.engine.catalog.contracts.spec import StoreSpec
 from worker.engine_process import EngineProcess
@@ -55,8 +55,7 @@ def store(redis: Redis) -> JobStore:
 
 @pytest.fixture
 def objects(server: ObjectServer, tiny_inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
+    set_keys(monkeypatch)
     server.put("models/own/b", tiny_inputs / "checkpoints" / "b")
     server.put("models/own/rows/a.jsonl", tiny_inputs / "rows" / "a.jsonl")
     yield ObjectStorage(buckets=("models/{tenant}", "models/own"), endpoint=server.proxy.url)

@@ -161,3 +161,13 @@ def s3rver() -> Iterator[ObjectServer]:
             found.proxy.close()
             process.terminate()
             process.wait()
+
+
+PROGRAMS = {"moto": moto, "s3rver": s3rver}
+"""All servers, by name."""
+
+
+def set_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the keys to any server."""
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
