@@ -103,7 +103,7 @@ class TaskWorker(SimpleWorker):
                 time.sleep(REDIS_RETRY_S)
 
     def reorder_queues(self, reference_queue: Any) -> None:
-        """Of what waits, take the other kind next: a task after rows to try, and rows after a task."""
+        """Take the other kind of what waits next: a task after rows to try, and rows after a task."""
         super().reorder_queues(reference_queue)
         was_task = reference_queue.name in self.queues_of_tasks
         self._ordered_queues.sort(key=lambda queue: (queue.name in self.queues_of_tasks) == was_task)

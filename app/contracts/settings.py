@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     """Folder of artifacts and of work in progress (and of the embedded Redis). API and workers share it, unless
     artifacts are in object storage and nothing is uploaded."""
     artifact_store: str = "folder"
-    """Where artifacts and statistics are kept: `folder` keeps them in the data folder, `s3:BUCKET/PREFIX` in object
+    """Place of artifacts and statistics: `folder` keeps them in the data folder, `s3:BUCKET/PREFIX` in object
     storage."""
     s3_buckets: Annotated[tuple[str, ...], NoDecode] = ()
     """Buckets that `s3:` references may name, separated by commas, each with a prefix or without, such as

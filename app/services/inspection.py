@@ -312,16 +312,7 @@ class Inspectors:
     @asynccontextmanager
     async def _inputs(self, tenant: str, jobs: Mapping[str, Outcome | Gone]) -> AsyncIterator[dict[str, Any]]:
         """Yield the fields of `Inputs`. The scratch folder is removed soon after the end."""
-        try:
-            scratch = Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
-        except FileNotFoundError:  # whatever tidies up temporary files has removed it
-            if self._scratch is not None:
-                self._scratch.remove()
-                self._scratch = None
-            self.start()
-            async with self._inputs(tenant, jobs) as inputs:
-                yield inputs
-            return
+        scratch = self._new_folder()
         try:
             yield {
                 "local_roots": roots_of(self._local_roots, tenant),
@@ -336,6 +327,14 @@ class Inspectors:
             }
         finally:
             self._remove_later(scratch)
+
+    def _new_folder(self) -> Path:
+        """Make a scratch folder for one request."""
+        if self._scratch is not None and not self._scratch.path.is_dir():  # whatever tidies up has removed it
+            self._scratch.remove()
+            self._scratch = None
+            self.start()
+        return Path(mkdtemp(dir=self._scratch.path if self._scratch else None))
 
     def _remove_later(self, folder: Path) -> None:
         """Remove a folder while its request is answered: some file systems take milliseconds for each."""
@@ -388,7 +387,11 @@ class Inspectors:
     async def _ask(self, question: Question) -> Allowed | Read | Seen | Sound:
         for _ in range(2):  # another inspector is soon there, whatever ended this one
             place = os.memfd_create("place")
-            reader, writer = await asyncio.open_unix_connection(sock=self._copy(place), limit=MAX_ANSWER_BYTES)
+            try:
+                reader, writer = await asyncio.open_unix_connection(sock=self._copy(place), limit=MAX_ANSWER_BYTES)
+            except BaseException:
+                os.close(place)
+                raise
             conversation = _Conversation(reader, writer, self._limits.seconds, place)
             try:
                 return await conversation.hold(question)

@@ -59,7 +59,7 @@ class StoredObject:
     size: int
     etag: str
     written: float = field(default=0.0, compare=False)
-    """When it was written, in seconds since 1970; 0 where nobody asked."""
+    """Time at which it was written, in seconds since 1970; 0 where nobody asked."""
 
 
 class Bucket:

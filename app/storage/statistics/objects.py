@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def used(self) -> float:
-        """When it was last used, in seconds since 1970, by hours."""
+        """Time of its last use, in seconds since 1970, to the hour."""
         return max(one.written for one in (*self.abouts.values(), *self.files.values()))
 
     def about_key(self, tenant: str) -> str:

@@ -131,7 +131,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class WrittenFile:
+class ExpectedFile:
     """A file of an earlier job's model, with the sha256, in hexadecimal, that it was written with."""
 
     source: str
@@ -169,7 +169,7 @@ class Digests:
 
         return [of(info) for info in infos]
 
-    def check_written(self, files: Mapping[Path, WrittenFile], threads: int) -> None:
+    def check_expected(self, files: Mapping[Path, ExpectedFile], threads: int) -> None:
         """Check that files are what an earlier job wrote. Raises InvalidCheckpoint, which names the file."""
 
         def check(path: Path) -> None:

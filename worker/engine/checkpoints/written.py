@@ -33,7 +33,7 @@ class WrittenFile:
     """Digest of the file, in hexadecimal, read from the file while it was written."""
     header: bytes
     tensors: Sequence[WrittenTensor]
-    """In the order of the file, which they fill."""
+    """Tensors in the order of the file, which they fill."""
 
 
 def check_written(files: Iterable[WrittenFile], folder: Path, threads: int) -> None:

@@ -17,7 +17,7 @@ from worker.engine.catalog.data.spec import DatasetSpec
 from worker.engine.catalog.planning.given import given_tensors
 from worker.engine.catalog.planning.plan import MergePlan
 from worker.engine.catalog.primitives.errors import InvalidCheckpoint
-from worker.engine.checkpoints.reader import WrittenFile
+from worker.engine.checkpoints.reader import ExpectedFile
 from worker.engine.runtime.libraries import preload
 from worker.engine.runtime.progress import OnProgress
 
@@ -35,7 +35,7 @@ class Inputs:
     def __init__(self, spec: JobSpec, views: Views, on_progress: OnProgress) -> None:
         self._views = views
         self._fetched: Fetched | None = None
-        self.written: dict[Path, WrittenFile] = {}
+        self.expected: dict[Path, ExpectedFile] = {}
         """The files of opened checkpoints that earlier jobs wrote; their bytes have not been read yet."""
         if spec.names_the_hub:
             preload()
@@ -49,7 +49,7 @@ class Inputs:
         info = inspect_model(self._views.open(folder, model.source, root), model.source, base)
         if model.state not in (None, checkpoint_state(info)):
             raise InvalidCheckpoint(model.source, "its files were changed after the job was accepted; post it again")
-        self.written |= {folder / name: WrittenFile(model.source, name, of) for name, of in model.sha256.items()}
+        self.expected |= {folder / name: ExpectedFile(model.source, name, of) for name, of in model.sha256.items()}
         return info
 
     def statistics(self, plan: MergePlan, model: int, spec: CheckpointSpec) -> dict[str, TensorInfo]:

@@ -169,7 +169,7 @@ def load(spec: MergeSpec, context: JobContext) -> LoadedInputs:
         reloading = Reloading(plan)
         reloading.check_descriptions()
         loading = context.phase("loading", len(spec.models), "models")
-        context.lasting.digests.check_written(inputs.written, torch.get_num_threads())
+        context.lasting.digests.check_expected(inputs.expected, torch.get_num_threads())
         digests = context.lasting.digests.of_checkpoints(plan.all_checkpoints, torch.get_num_threads())
         base_digest = digests.pop() if plan.base else None
         models = []

@@ -62,7 +62,7 @@ def predict(spec: PredictionSpec, context: JobContext) -> Prediction:
     # Nothing is measured, whatever the job measured.
     needs = spec.model_copy(update={"method": AVERAGE.parameters()})
     require_memory_of_job(plan, needs, context, longest_row=1)
-    context.lasting.digests.check_written(inputs.written, torch.get_num_threads())
+    context.lasting.digests.check_expected(inputs.expected, torch.get_num_threads())
     expert = context.models.get(info)
     evaluation = _evaluation(spec, task)
     require_memory_of_job(

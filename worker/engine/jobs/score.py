@@ -54,7 +54,7 @@ def load(spec: ScoreSpec, context: JobContext) -> LoadedScores:
         context.store.may_keep = states.are_untouched
         loading = context.phase("loading", len(spec.models), "models")
         context.note(*(note for info in infos for note in info.notes))
-        context.lasting.digests.check_written(inputs.written, torch.get_num_threads())
+        context.lasting.digests.check_expected(inputs.expected, torch.get_num_threads())
         digests = context.lasting.digests.of_checkpoints(infos, torch.get_num_threads())
         models = []
         for asked, plan, info, digest in zip(spec.models, plans, infos, digests, strict=True):

@@ -49,7 +49,7 @@ def load(spec: ShardSpec, context: JobContext) -> tuple[MergePlan, JobModel, Inp
     required_family(plan)
     states = InputStates.of([info])
     context.store.may_keep = states.are_untouched
-    context.lasting.digests.check_written(inputs.written, torch.get_num_threads())
+    context.lasting.digests.check_expected(inputs.expected, torch.get_num_threads())
     [digest] = context.lasting.digests.of_checkpoints([info], torch.get_num_threads())
     require_memory_of_job(plan, spec, context, longest_row=1)
     model = with_dataset(spec, JobModel(asked, info, digest), inputs, context)

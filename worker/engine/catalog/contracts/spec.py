@@ -95,7 +95,7 @@ class StoreSpec(Strict):
     others: tuple[Path, ...] = ()
     """Other folders of statistics. What a job needs by its digest is linked from them instead of measured again."""
     tenant: str = "default"
-    """Whose statistics these are, where machines have them in common."""
+    """Tenant whose statistics these are, where machines have them in common."""
 
 
 def models_beside(evaluates: bool, aligns: bool, method: BaseParameters) -> int:
